@@ -1,0 +1,164 @@
+"""The result: a model that runs under its quantization, saves itself and explains itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitquant.artifact.ledger import Ledger
+from vitquant.numerics import Params, Quantizer
+from vitquant.recipe import State
+from vitquant.trace import Interceptor, Site
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a quantized model comes from, as written into its config.json.
+
+    method: name, paper and bits of the recipe. seed: of the calibration. versions: of the libraries. images: how
+    many and their fingerprint. model: the source's JSON, or None for a model of the user's own.
+    preprocessing, model_config: what rebuilds the transform and the architecture. label_space: names the classes.
+    """
+
+    method: Mapping[str, str]
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    model_config: Mapping[str, Any] | None = None
+    label_space: str | None = None
+
+
+class Activation(nn.Module):
+    """An operand that is quantized as it arrives."""
+
+    def __init__(self, quantizer: Quantizer, params: Params) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.names = params._fields
+        for name, value in params._asdict().items():
+            self.register_buffer(name, value.detach().clone(), persistent=False)
+
+    @property
+    def params(self) -> Params:
+        return self.quantizer.parameters(*(getattr(self, name) for name in self.names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer.fake_quantize(x, self.params)
+
+
+class Weight(Activation):
+    """A constant operand, kept as integer codes and decoded once."""
+
+    codes: Tensor
+    decoded: Tensor
+
+    def __init__(self, quantizer: Quantizer, params: Params, codes: Tensor) -> None:
+        super().__init__(quantizer, params)
+        kind = torch.int16 if quantizer.storage_bits > 7 else torch.int8
+        self.register_buffer("codes", codes.to(kind), persistent=False)
+        self.register_buffer("decoded", quantizer.decode(codes.float(), self.params), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoded
+
+
+class Constant(nn.Module):
+    """A constant operand that an exact rewrite has changed."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach().clone(), persistent=False)
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        return self.value
+
+
+class QuantizedModel(nn.Module):
+    """Runs `model`, unchanged, with its operands quantized.
+
+    operands: what happens at each site. unneeded: parameters of `model` that no run reads any more; they are
+    emptied, so that what runs is what is saved. Called as the model itself is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        operands: Mapping[Site, Activation | Constant],
+        ledger: Ledger,
+        provenance: Provenance,
+        unneeded: set[str],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.sites = tuple(operands)
+        self.operands = nn.ModuleList(operands.values())
+        self.ledger = ledger
+        self.provenance = provenance
+        self.unneeded = unneeded
+        _empty(model, unneeded)
+        self.eval()
+
+    @staticmethod
+    def of(model: nn.Module, state: State, provenance: Provenance) -> QuantizedModel:
+        """Freeze a finished state. `model` is copied, never changed."""
+        operands: dict[Site, Activation | Constant] = {}
+        with torch.no_grad():
+            for site, value in state.rewrites.items():
+                if site not in state.params:
+                    operands[site] = Constant(value)
+            for site, params in state.params.items():
+                quantizer, constant = state.plan[site].quantizer, state.constant(site)
+                if constant is None:
+                    operands[site] = Activation(quantizer, params)
+                else:
+                    operands[site] = Weight(quantizer, params, quantizer.encode(constant.detach(), params))
+        replaced = {s: o for s, o in operands.items() if isinstance(o, (Weight, Constant))}
+        unneeded = state.trace.unneeded(replaced)
+        return QuantizedModel(copy.deepcopy(model), operands, Ledger.of(state), provenance, unneeded)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Interceptor(self.model, self.transforms()) as mode:
+            output = self.model(*args, **kwargs)
+        mode.check_complete()
+        return output
+
+    def transforms(self) -> dict[Site, Any]:
+        """What happens to each operand, by site."""
+        return {site: operand.forward for site, operand in zip(self.sites, self.operands, strict=True)}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write config.json and model.safetensors; see `vitquant.artifact.store`."""
+        from vitquant.artifact.store import save
+
+        return save(self, Path(directory))
+
+    def table(self) -> str:
+        """Every operand of a product: site, role, format, shape for one image, effective bits."""
+        rows = [
+            (name, e.role, e.format, "x".join(map(str, e.shape)), f"{e.bits:.4g}")
+            for name, e in self.ledger.entries.items()
+        ]
+        head = ("site", "role", "format", "shape", "bits")
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _empty(model: nn.Module, names: set[str]) -> None:
+    """Give these parameters and buffers zeros that take no memory."""
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for kind in (module._parameters, module._buffers):
+            for name, tensor in kind.items():
+                if tensor is not None and prefix + name in names:
+                    tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)

@@ -1,0 +1,111 @@
+"""The model, its trace and the calibration images: all that a pass may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vitquant.calibrate.statistic import Collector
+from vitquant.errors import CalibrationError, DataError, NoData
+from vitquant.numerics import Granularity
+from vitquant.trace import Interceptor, Site, Trace, Transform
+
+
+class Progress(Protocol):
+    """Told about long work: what is being done, how much of it is done, how much there is."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images as a re-iterable stream of (n, channels, height, width) batches, at most `size` images each."""
+
+    source: Iterable[Tensor]
+    size: int = 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Iterator):
+            raise DataError("images must be re-iterable (a tensor, a list or a loader), not an iterator")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = [self.source] if isinstance(self.source, Tensor) else self.source
+        for batch in batches:
+            if not isinstance(batch, Tensor) or batch.dim() < 2:
+                raise DataError(f"a batch of images must be a tensor (n, ...), not {type(batch).__name__}")
+            yield from batch.split(self.size)
+
+    @property
+    def total(self) -> int:
+        """How many images there are, or 0 if the source cannot tell without being read."""
+        if isinstance(self.source, (list, tuple)):
+            return sum(len(batch) for batch in self.source)
+        dataset = getattr(self.source, "dataset", self.source)  # a DataLoader's length counts batches
+        return len(dataset) if hasattr(dataset, "__len__") else 0
+
+    def first(self) -> Tensor:
+        """The first image, as a batch of one. Raises NoData if there is none."""
+        for batch in self:
+            if len(batch):
+                return batch[:1]
+        raise NoData("no calibration image was given")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """model: in eval mode, never written to. trace: of that model. images: the calibration stream."""
+
+    model: nn.Module
+    trace: Trace
+    images: Batches
+    seed: int = 0
+    progress: Progress = silent
+
+    def run(self, image: Tensor, transforms: Mapping[Site, Transform]) -> Any:
+        """The model's output with every operand sent through its transform; all of them must be used."""
+        with Interceptor(self.model, transforms) as mode:
+            output = self.model(image)
+        mode.check_complete()
+        return output
+
+    def sweep(
+        self,
+        transforms: Mapping[Site, Transform],
+        collectors: Mapping[Site, tuple[Granularity, Collector]],
+        what: str = "calibrating",
+    ) -> None:
+        """Run all images under `transforms` and show every wanted operand, as it would have been, to its collector.
+
+        Raises CalibrationError with the site's name if a collector refuses what it sees.
+        """
+        seeing = {
+            site: _watched(site, granularity, collector, transforms.get(site))
+            for site, (granularity, collector) in collectors.items()
+        }
+        done = 0
+        with torch.no_grad():
+            for batch in self.images:
+                self.run(batch, {**transforms, **seeing})
+                done += len(batch)
+                self.progress(what, done, self.images.total)
+
+
+def _watched(site: Site, granularity: Granularity, collector: Collector, then: Transform | None) -> Transform:
+    """A transform that shows the operand to the collector and goes on as planned."""
+
+    def watch(x: Tensor) -> Any:
+        try:
+            collector.update(granularity.view(x.detach()))
+        except CalibrationError as error:
+            raise type(error)(f"{site} (shape {tuple(x.shape)}): {error}") from None
+        return x if then is None else then(x)
+
+    return watch

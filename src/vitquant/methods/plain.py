@@ -1,0 +1,34 @@
+"""The two plain baselines: every operand uniform, per tensor; weights per output channel."""
+
+from __future__ import annotations
+
+from vitquant.calibrate import MinMax, Percentile, Search
+from vitquant.numerics import PER_OUTPUT, Uniform
+from vitquant.passes import Fit
+from vitquant.recipe import Bits, Recipe, Rule
+from vitquant.trace import ACTIVATION_ROLES, Role
+
+
+def minmax(bits: Bits) -> Recipe:
+    """Min-max ranges everywhere. What every toolkit does first; at 4 bits it destroys a Vision Transformer."""
+    return _plain("minmax", bits, MinMax())
+
+
+def percentile(bits: Bits) -> Recipe:
+    """The same with ranges chosen among three percentiles by mean squared error."""
+    return _plain("percentile", bits, Percentile())
+
+
+def _plain(name: str, bits: Bits, search: Search) -> Recipe:
+    activation = Rule(Uniform(bits.activation), search)
+    return Recipe(
+        name=name,
+        bits=str(bits),
+        rules={
+            **dict.fromkeys(ACTIVATION_ROLES, activation),
+            Role.IMAGE: Rule(Uniform(8), search),
+            Role.PROBS: Rule(Uniform(bits.probs), search),
+            Role.WEIGHT: Rule(Uniform(bits.weight, PER_OUTPUT), search),
+        },
+        passes=(Fit(),),
+    )

@@ -1,0 +1,125 @@
+"""A number format: how real numbers map to integer codes, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import log2
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitquant.errors import NonFinite, UsageError
+from vitquant.numerics.granularity import PER_TENSOR, Granularity
+
+MAX_BITS = 16
+"""Codes are carried in float32, which holds every integer of up to 24 bits exactly."""
+
+
+class Affine(NamedTuple):
+    """Parameters of an affine grid, flat, one for each group.
+
+    scale: the step, in the tensor's own units, > 0. zero: the code of 0.0, an integer.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+
+Params = Any
+"""A NamedTuple of flat tensors, one value for each group of the quantizer's granularity."""
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient is that of the identity (straight-through).
+
+    `x + (round(x) - x)` gives round(x) exactly: the difference is at most half a unit and has no more
+    significant bits than x.
+    """
+    return x + (x.round() - x).detach() if torch.is_grad_enabled() else x.round()
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """A number format of `bits` bits. Frozen and without tensors: parameters are passed in.
+
+    A format has at most 2**bits levels; `levels` says how many, and `effective_bits` what an element
+    costs to store.
+    """
+
+    bits: int
+    granularity: Granularity = PER_TENSOR
+
+    parameters: ClassVar[type] = Affine
+    """The NamedTuple of this format's parameters. A field named `zero` holds integers."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= MAX_BITS:
+            raise UsageError(f"{type(self).__name__}: bits must be 1 to {MAX_BITS}, not {self.bits}")
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    @property
+    def effective_bits(self) -> float:
+        return log2(self.levels)
+
+    @property
+    def storage_bits(self) -> int:
+        """Whole bits that a stored code takes."""
+        return (self.levels - 1).bit_length()
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return 0, self.levels - 1
+
+    @abstractmethod
+    def fit(self, low: Tensor, high: Tensor) -> Params:
+        """Parameters that cover [low, high], flat (groups,). Raises NonFinite on NaN or infinity."""
+
+    def resolve(self, x: Tensor, p: Params) -> Params:
+        """The parameters that x is encoded with, in shapes that broadcast against it.
+
+        A static format only spreads `p`; one whose grid depends on x itself (run-time ranges, groups, outliers)
+        settles that here.
+        """
+        return type(p)(*(self.granularity.spread(field, x) for field in p))
+
+    @abstractmethod
+    def encode_resolved(self, x: Tensor, p: Params) -> Tensor:
+        """Codes of x: integer-valued, in x's dtype and shape, within `code_range`. p: from `resolve`."""
+
+    @abstractmethod
+    def decode_resolved(self, codes: Tensor, p: Params) -> Tensor:
+        """The real numbers that the codes stand for, in x's own units. p: from `resolve`."""
+
+    def encode(self, x: Tensor, p: Params) -> Tensor:
+        """Codes of x: integer-valued, in x's dtype and shape, within `code_range`."""
+        return self.encode_resolved(x, self.resolve(x, p))
+
+    def decode(self, codes: Tensor, p: Params) -> Tensor:
+        """The real numbers that the codes of a static format stand for, in x's own units."""
+        return self.decode_resolved(codes, self.resolve(codes, p))
+
+    def fake_quantize(self, x: Tensor, p: Params) -> Tensor:
+        """decode(encode(x)), differentiable by the straight-through estimator."""
+        p = self.resolve(x, p)
+        return self.decode_resolved(self.encode_resolved(x, p), p)
+
+    def extra_bops(self, shape: tuple[int, ...]) -> int:
+        """Bit-operations that the format itself needs at run time for a tensor of this shape, per image."""
+        return 0
+
+    def describe(self) -> str:
+        """The format in a few words, for tables."""
+        return f"{type(self).__name__}{self.bits} / {self.granularity}"
+
+
+def checked_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range as float32 after a check that it is finite."""
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise NonFinite("a range to be quantized holds NaN or infinity")
+    return low.float(), high.float()
