@@ -55,9 +55,9 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     config.num_labels = 7
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    transformers.ViTImageProcessor(
-        size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]
-    ).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
+        folder
+    )
     return folder
 
 

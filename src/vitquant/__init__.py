@@ -9,9 +9,10 @@ from vitquant.artifact import QuantizedModel
 from vitquant.errors import VitquantError
 from vitquant.methods import METHODS
 from vitquant.recipe import FLOAT, Bits, Recipe, Rule, State
-from vitquant.trace import Role, Site, Trace
+from vitquant.trace import CONTRACTION_ROLES, Role, Site, Trace
 
 __all__ = [
+    "CONTRACTION_ROLES",
     "FLOAT",
     "METHODS",
     "Bits",

@@ -12,7 +12,8 @@ VitquantError                 everything below; its message is one line that nam
 │   └── NonFinite             NaN or infinity at a site
 ├── FloatDrift                an exact rewrite changed the float function: a defect of the rewrite
 ├── IncompleteRun             a planned site was not visited, or an unplanned one was
-└── ArtifactError             a saved model is truncated, edited, foreign, or of another version
+├── ArtifactError             a saved model is truncated, edited, foreign, or of another version
+└── ExportError               an engine lacks an operator, fails, or computes something else
 """
 
 from __future__ import annotations
@@ -68,3 +69,7 @@ class IncompleteRun(VitquantError):
 
 class ArtifactError(VitquantError):
     """A saved model cannot be read back."""
+
+
+class ExportError(VitquantError):
+    """An engine cannot run the model, or runs it with other results."""

@@ -48,7 +48,7 @@ class Batches:
         """How many images there are, or 0 if the source cannot tell without being read."""
         if isinstance(self.source, (list, tuple)):
             return sum(len(batch) for batch in self.source)
-        dataset = getattr(self.source, "dataset", self.source)  # a DataLoader's length counts batches
+        dataset: Any = getattr(self.source, "dataset", self.source)  # a DataLoader's length counts batches
         return len(dataset) if hasattr(dataset, "__len__") else 0
 
     def first(self) -> Tensor:

@@ -30,4 +30,21 @@ def recipe(method: str | Recipe, bits: str | Bits = "w4a4", **options: Any) -> R
     return METHODS[method](Bits.parse(bits) if isinstance(bits, str) else bits, **options)
 
 
-__all__ = ["METHODS", "minmax", "percentile", "recipe", "repq_vit"]
+def describe(name: str) -> dict[str, Any]:
+    """A method for a table: paper, default bits, summary, what each role gets, cost at run time."""
+    built = METHODS[name]()
+    rules = {
+        role.value: "float32" if rule is None else rule.quantizer.describe() for role, rule in built.rules.items()
+    }
+    summary = (METHODS[name].__doc__ or "").strip().split("\n\n")[0]
+    return {
+        "name": name,
+        "source": built.source,
+        "bits": built.bits,
+        "summary": " ".join(summary.split()),
+        "sites": rules,
+        "cost": built.cost,
+    }
+
+
+__all__ = ["METHODS", "describe", "minmax", "percentile", "recipe", "repq_vit"]

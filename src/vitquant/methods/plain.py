@@ -8,13 +8,15 @@ from vitquant.passes import Fit
 from vitquant.recipe import Bits, Recipe, Rule
 from vitquant.trace import ACTIVATION_ROLES, Role
 
+_W8A8 = Bits(8, 8)
 
-def minmax(bits: Bits) -> Recipe:
+
+def minmax(bits: Bits = _W8A8) -> Recipe:
     """Min-max ranges everywhere. What every toolkit does first; at 4 bits it destroys a Vision Transformer."""
     return _plain("minmax", bits, MinMax())
 
 
-def percentile(bits: Bits) -> Recipe:
+def percentile(bits: Bits = _W8A8) -> Recipe:
     """The same with ranges chosen among three percentiles by mean squared error."""
     return _plain("percentile", bits, Percentile())
 
@@ -24,6 +26,7 @@ def _plain(name: str, bits: Bits, search: Search) -> Recipe:
     return Recipe(
         name=name,
         bits=str(bits),
+        cost="none: one scale and zero-point for each tensor",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, activation),
             Role.IMAGE: Rule(Uniform(8), search),

@@ -13,9 +13,13 @@ from vitquant.passes import Fit, ScaleReparam
 from vitquant.recipe import Bits, Recipe, Rule
 from vitquant.trace import ACTIVATION_ROLES, Role
 
+_W4A4 = Bits(4, 4)
 
-def repq_vit(bits: Bits, *, reparam: bool = True, extra_zero: bool = False) -> Recipe:
-    """`reparam=False` is the ablation without the rewrite: layer-wise grids after LayerNorm."""
+
+def repq_vit(bits: Bits = _W4A4, *, reparam: bool = True, extra_zero: bool = False) -> Recipe:
+    """Channel-wise grids after LayerNorm, folded into layer-wise ones; log√2 grids for attention probabilities.
+
+    `reparam=False` is the ablation without the rewrite: layer-wise grids after LayerNorm."""
     uniform = Uniform(bits.activation, include_zero=False)
     weight = Uniform(bits.weight, PER_OUTPUT, include_zero=False)
     post_norm = Uniform(bits.activation, PER_CHANNEL, include_zero=False) if reparam else uniform
@@ -24,6 +28,7 @@ def repq_vit(bits: Bits, *, reparam: bool = True, extra_zero: bool = False) -> R
         name="repq-vit",
         source="arXiv:2212.08254",
         bits=str(bits),
+        cost="none for the linears; a shift and one of two scales for attention · V",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, Rule(uniform, search)),
             Role.IMAGE: Rule(Uniform(8, include_zero=False), search),

@@ -30,7 +30,7 @@ class Recipe:
 
     rules: what each role gets; it must cover every role that a contraction of the model has (FLOAT is said
     aloud). passes: run in order. overrides: (pattern, rule) pairs; the pattern is matched against a site's
-    printed form with * and ?, and the last that fits wins. source: the paper. bits: as the user said them.
+    printed form with * and ?, and the last that fits wins. source: the paper. bits: as the user said them. cost: what it costs at run time, in words.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Recipe:
     source: str = "own"
     bits: str = ""
     overrides: tuple[tuple[str, Rule | None], ...] = ()
+    cost: str = ""
 
     def plan(self, trace: Trace) -> dict[Site, Rule]:
         """The rule of every site that is to be quantized. Raises PlanError for a role without a rule."""
