@@ -12,6 +12,7 @@ VitquantError                 everything below; its message is one line that nam
 │   └── NonFinite             NaN or infinity at a site
 ├── FloatDrift                an exact rewrite changed the float function: a defect of the rewrite
 ├── IncompleteRun             a planned site was not visited, or an unplanned one was
+├── AccumulatorOverflow       an integer needs more bits than its carrier has
 ├── ArtifactError             a saved model is truncated, edited, foreign, or of another version
 └── ExportError               an engine lacks an operator, fails, or computes something else
 """
@@ -65,6 +66,10 @@ class FloatDrift(VitquantError):
 
 class IncompleteRun(VitquantError):
     """The sites visited by a run are not the sites planned for it."""
+
+
+class AccumulatorOverflow(VitquantError):
+    """An integer needs more bits than the accumulator that was chosen for it has."""
 
 
 class ArtifactError(VitquantError):

@@ -42,8 +42,9 @@ class Ledger:
         for site, info in state.trace.sites.items():
             if site in state.plan:
                 q = state.plan[site].quantizer
-                extra = q.extra_bops(info.shape)
-                entries[str(site)] = Entry(info.role.value, info.shape, q.effective_bits, q.describe(), extra)
+                extra = q.extra_bops(info.shape, state.trace.macs.get(site.call, 0))
+                bits = q.mean_bits(state.params[site])
+                entries[str(site)] = Entry(info.role.value, info.shape, bits, q.describe(), extra)
             elif info.role in CONTRACTION_ROLES:
                 entries[str(site)] = Entry(info.role.value, info.shape)
         return Ledger(entries, {str(key): n for key, n in state.trace.macs.items()})

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.artifact.ledger import Ledger
+from vitquant.errors import PlanError
+from vitquant.integer import Arithmetic, IntegerRun
 from vitquant.numerics import Params, Quantizer
 from vitquant.recipe import State
 from vitquant.trace import Interceptor, Site
@@ -97,6 +99,7 @@ class QuantizedModel(nn.Module):
         ledger: Ledger,
         provenance: Provenance,
         unneeded: set[str],
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -105,6 +108,8 @@ class QuantizedModel(nn.Module):
         self.ledger = ledger
         self.provenance = provenance
         self.unneeded = unneeded
+        self.arithmetic = arithmetic
+        self._compiled: dict[bool, dict[Any, Any]] = {False: {}, True: {}}
         _empty(model, unneeded)
         self.eval()
 
@@ -121,16 +126,41 @@ class QuantizedModel(nn.Module):
                 if constant is None:
                     operands[site] = Activation(quantizer, params)
                 else:
-                    operands[site] = Weight(quantizer, params, quantizer.encode(constant.detach(), params))
+                    operands[site] = Weight(quantizer, params, state.weight_codes(site))
         replaced = {s: o for s, o in operands.items() if isinstance(o, (Weight, Constant))}
         unneeded = state.trace.unneeded(replaced)
-        return QuantizedModel(copy.deepcopy(model), operands, Ledger.of(state), provenance, unneeded)
+        ledger = Ledger.of(state)
+        return QuantizedModel(copy.deepcopy(model), operands, ledger, provenance, unneeded, state.arithmetic)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.arithmetic is not None:
+            return self._on_integers(False, args, kwargs)
         with Interceptor(self.model, self.transforms()) as mode:
             output = self.model(*args, **kwargs)
         mode.check_complete()
         return output
+
+    def integers(self, *args: Any, **kwargs: Any) -> Any:
+        """The same run with nothing but integer tensors between the image and the output; the same numbers.
+
+        Raises PlanError if the method is not made for it.
+        """
+        if self.arithmetic is None:
+            raise PlanError(f"{self.provenance.method.get('name', 'this recipe')} is not executed on integers")
+        return self._on_integers(True, args, kwargs)
+
+    def execution(self, integers_only: bool) -> IntegerRun:
+        """The mode in which the model computes on integers, held in integer or in floating-point tensors."""
+        assert self.arithmetic is not None
+        operands: dict[Site, Any] = dict(zip(self.sites, self.operands, strict=True))
+        carrier = self.arithmetic.carrier(integers_only)
+        return IntegerRun(self.model, operands, carrier, self.arithmetic.faithful, self._compiled[integers_only])
+
+    @torch.no_grad()
+    def _on_integers(self, integers_only: bool, args: Any, kwargs: Any) -> Any:
+        with self.execution(integers_only) as mode:
+            output = self.model(*args, **kwargs)
+        return mode.real(output)
 
     def transforms(self) -> dict[Site, Any]:
         """What happens to each operand, by site."""

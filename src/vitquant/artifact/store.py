@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vitquant.artifact.ledger import Entry, Ledger
 from vitquant.artifact.model import Activation, Constant, Provenance, QuantizedModel, Weight
 from vitquant.errors import ArtifactError, VitquantError
+from vitquant.integer import Arithmetic
 from vitquant.numerics import FORMATS, Granularity, Quantizer, pack, unpack
 from vitquant.trace import Site
 
@@ -51,6 +52,7 @@ def save(model: QuantizedModel, directory: Path) -> Path:
         "sites": sites,
         "ledger": dataclasses.asdict(model.ledger),
         "unneeded": sorted(model.unneeded),
+        "arithmetic": None if model.arithmetic is None else dataclasses.asdict(model.arithmetic),
         "tensors_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     config = json.loads(json.dumps(config))
@@ -97,7 +99,8 @@ def load(directory: Path, build: Callable[[Provenance], nn.Module]) -> Quantized
         config,
         directory,
     )
-    return QuantizedModel(model, operands, _ledger(config), provenance, set(config["unneeded"]))
+    arithmetic = config["arithmetic"] and Arithmetic(**config["arithmetic"])
+    return QuantizedModel(model, operands, _ledger(config), provenance, set(config["unneeded"]), arithmetic)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config.get("version") != VERSION:
         found = config.get("version")
         raise ArtifactError(f"{path}: field 'version' is {found}; this release reads version {VERSION}")
-    for name in ("provenance", "sites", "ledger", "unneeded", "tensors_sha256", "config_sha256"):
+    for name in ("provenance", "sites", "ledger", "unneeded", "arithmetic", "tensors_sha256", "config_sha256"):
         if name not in config:
             raise ArtifactError(f"{path}: field '{name}' is missing")
     for i, record in enumerate(config["sites"]):

@@ -1,6 +1,10 @@
 """How numbers are gathered: streamed statistics and the searches that turn them into parameters."""
 
 from vitquant.calibrate.bench import Batches, Bench, Progress, silent
+from vitquant.calibrate.cluster import RangeClusters
+from vitquant.calibrate.inliers import Inliers
+from vitquant.calibrate.observers import Fixed, MovingAverage, PowerOfTwoMse
+from vitquant.calibrate.scale_zero import ScaleZero
 from vitquant.calibrate.search import MinMax, MseGrid, Percentile, Search, least_error, mean_errors
 from vitquant.calibrate.statistic import Collector, Reservoir, Sample, quantiles
 
@@ -8,12 +12,18 @@ __all__ = [
     "Batches",
     "Bench",
     "Collector",
+    "Fixed",
+    "Inliers",
     "MinMax",
+    "MovingAverage",
     "MseGrid",
     "Percentile",
+    "PowerOfTwoMse",
     "Progress",
+    "RangeClusters",
     "Reservoir",
     "Sample",
+    "ScaleZero",
     "Search",
     "least_error",
     "mean_errors",

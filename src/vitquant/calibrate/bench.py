@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vitquant.calibrate.statistic import Collector
 from vitquant.errors import CalibrationError, DataError, NoData
-from vitquant.numerics import Granularity
 from vitquant.trace import Interceptor, Site, Trace, Transform
 
 
@@ -19,6 +18,12 @@ class Progress(Protocol):
     """Told about long work: what is being done, how much of it is done, how much there is."""
 
     def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+class Viewer(Protocol):
+    """Says as what a tensor is seen: a granularity, or a number format."""
+
+    def view(self, x: Tensor) -> Tensor: ...
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -79,7 +84,7 @@ class Bench:
     def sweep(
         self,
         transforms: Mapping[Site, Transform],
-        collectors: Mapping[Site, tuple[Granularity, Collector]],
+        collectors: Mapping[Site, tuple[Viewer, Collector]],
         what: str = "calibrating",
     ) -> None:
         """Run all images under `transforms` and show every wanted operand, as it would have been, to its collector.
@@ -87,8 +92,8 @@ class Bench:
         Raises CalibrationError with the site's name if a collector refuses what it sees.
         """
         seeing = {
-            site: _watched(site, granularity, collector, transforms.get(site))
-            for site, (granularity, collector) in collectors.items()
+            site: _watched(site, viewer, collector, transforms.get(site))
+            for site, (viewer, collector) in collectors.items()
         }
         done = 0
         with torch.no_grad():
@@ -98,12 +103,12 @@ class Bench:
                 self.progress(what, done, self.images.total)
 
 
-def _watched(site: Site, granularity: Granularity, collector: Collector, then: Transform | None) -> Transform:
+def _watched(site: Site, viewer: Viewer, collector: Collector, then: Transform | None) -> Transform:
     """A transform that shows the operand to the collector and goes on as planned."""
 
     def watch(x: Tensor) -> Any:
         try:
-            collector.update(granularity.view(x.detach()))
+            collector.update(viewer.view(x.detach()))
         except CalibrationError as error:
             raise type(error)(f"{site} (shape {tuple(x.shape)}): {error}") from None
         return x if then is None else then(x)

@@ -6,7 +6,7 @@ integer multiples of one step, whatever its name: then its values pass through u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -60,18 +60,20 @@ class Codes:
 @dataclass(frozen=True)
 class Integers:
     """A weight as integers: ŵ = step · values. values: int8 of the weight's shape; step: (1,) or one for each
-    index of `axis`. shift: where given, values + shift fits in four unsigned bits; without, see `bits`."""
+    index of `axis`. bits: of the stored integers, 4 or 8. shift: where given, as long as step; what is stored is
+    then values + shift, unsigned. computed: the product runs on integers; else they are multiplied out first."""
 
     values: Tensor
     step: Tensor
     axis: int | None
     bits: int
     shift: Tensor | None = None
+    computed: bool = True
 
     def moved(self, permutation: list[int]) -> Integers:
         """The same weight with its axes permuted."""
         axis = None if self.axis is None else permutation.index(self.axis)
-        return Integers(self.values.permute(permutation), self.step, axis, self.bits, self.shift)
+        return replace(self, values=self.values.permute(permutation), axis=axis)
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,34 @@ def lower(model: QuantizedModel, approximate: bool = False) -> dict[Site, Loweri
         if isinstance(operand, Constant):
             continue
         assert isinstance(operand, Activation)
-        kind, how, error, form = _weight(operand) if isinstance(operand, Weight) else _activation(operand, approximate)
+        kind, how, error, form = (
+            _weight(operand) if isinstance(operand, Weight) else _activation(operand, approximate)
+        )
         entry = model.ledger.entries[str(site)]
         done[site] = Lowering(Verdict(str(site), entry.role, entry.format, kind, how, error), form)
+    for call in products(model):
+        done |= _in_floating_point(call, done, model)
     return done
+
+
+def _in_floating_point(call: CallKey, lowered: dict[Site, Lowering], model: QuantizedModel) -> dict[Site, Lowering]:
+    """What changes if one operand of a product has no integers: then none has.
+
+    Engines offered one integer operand quantize the other on their own (ONNX Runtime does, to 8 bits).
+    """
+    names = [n for n in ("input", "weight", "left", "right") if f"{call}.{n}" in model.ledger.entries]
+    sites = {n: Site(call, n) for n in names}
+    without = [n for n, s in sites.items() if s not in lowered or lowered[s].form is None]
+    if not without:
+        return {}
+    changed = {}
+    for name in names:
+        if name not in without:
+            old = lowered[sites[name]]
+            how = f"{old.verdict.how.partition(',')[0]}, but computed in floating point as the product's {without[0]} is"
+            form = replace(old.form, computed=False) if isinstance(old.form, Integers) else None
+            changed[sites[name]] = Lowering(replace(old.verdict, kind=Kind.FLOAT, how=how), form)
+    return changed
 
 
 _Result = tuple[Kind, str, float, Any]
@@ -106,7 +132,12 @@ def _activation(operand: Activation, approximate: bool) -> _Result:
     quantizer, name = operand.quantizer, type(operand.quantizer).__name__
     reason = f"{name} is computed in floating point"
     if quantizer.granularity.axes:
-        return Kind.FLOAT, f"{reason}: engines have no integer product for scales of each {quantizer.granularity}", 0, None
+        return (
+            Kind.FLOAT,
+            f"{reason}: engines have no integer product for scales of each {quantizer.granularity}",
+            0,
+            None,
+        )
     levels = _levels(quantizer, operand.params)
     if levels is None:
         return Kind.FLOAT, f"{reason}: its levels depend on the data", 0, None
@@ -147,8 +178,8 @@ def _weight(operand: Weight) -> _Result:
     if int(values.min()) >= -8 and int(values.max()) <= 7:
         return Kind.EXACT, "int4 stored, int8 computed", 0, Integers(values, flat, axis, 4)
     if int((grid[0].max(0).values - low).max()) <= 15:
-        shift = -quantizer.granularity.spread(low, decoded)
-        return Kind.EXACT, "uint4 stored, int8 computed", 0, Integers(values, flat, axis, 4, shift.to(torch.int32))
+        shift = -quantizer.granularity.spread(low, decoded).reshape(-1).to(torch.int32)
+        return Kind.EXACT, "uint4 stored, int8 computed", 0, Integers(values, flat, axis, 4, shift)
     return Kind.EXACT, "int8", 0, Integers(values, flat, axis, 8)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -33,7 +32,12 @@ def trace(model: MarkedModel, image: Tensor) -> onnx.ModelProto:
         names = ["logits", *(f"output_{i}" for i in range(1, count))]
         try:
             written = torch.onnx.export(
-                program, (image,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["image"],
+                program,
+                (image,),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=["image"],
                 output_names=names,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -83,12 +87,9 @@ def realise(
     model.opset_import.extend(opsets)
     _strip(model)
     helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model)
+    if not taps:  # their shapes are left to the engine
+        onnx.checker.check_model(model)
     return model, found
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    onnx.save(model, path)
 
 
 class _Graph:
@@ -165,18 +166,22 @@ class _Graph:
             self._initializer(name, values, TensorProto.INT4)
             name = self._node("Cast", [name], f"{site}.int8", site, to=TensorProto.INT8)
         else:
-            shift = form.shift if form.shift.ndim == values.ndim else form.shift.reshape(-1)
-            shape = [-1 if a == form.axis else 1 for a in range(values.ndim)]
-            shift = shift.reshape(shape)
+            shift = form.shift.reshape(_along(form.axis, values.ndim))
             self._initializer(name, values.int() + shift, TensorProto.UINT4)
             self._initializer(f"{site}.shift", shift, TensorProto.INT32)
             wide = self._node("Cast", [name], f"{site}.int32", site, to=TensorProto.INT32)
             wide = self._node("Sub", [wide, f"{site}.shift"], f"{site}.shifted", site)
             name = self._node("Cast", [wide], f"{site}.int8", site, to=TensorProto.INT8)
         scalar = form.axis is None
+        if not scalar and not form.computed:
+            step = step.reshape(_along(form.axis, values.ndim))
         self._initializer(f"{site}.scale", step.reshape(()) if scalar else step, TensorProto.FLOAT)
-        axis = {} if scalar else {"axis": form.axis}
-        self._node("DequantizeLinear", [name, f"{site}.scale"], f"{site}.decoded", site, **axis)
+        if form.computed:
+            axis = {} if scalar else {"axis": form.axis}
+            self._node("DequantizeLinear", [name, f"{site}.scale"], f"{site}.decoded", site, **axis)
+        else:  # no DequantizeLinear, which would invite the engine to quantize the other operand
+            self._node("Cast", [name], f"{site}.float", site, to=TensorProto.FLOAT)
+            self._node("Mul", [f"{site}.float", f"{site}.scale"], f"{site}.decoded", site)
 
     def _node(self, kind: str, inputs: list[str], output: str, site: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{site}/{kind}/{output}", **attributes))
@@ -194,7 +199,9 @@ class _Graph:
         """An output of the model keeps its name if a marker stood right before it."""
         source = self.renamed.get(output.name)
         if source is not None:
-            self.graph.node.append(helper.make_node("Identity", [source], [output.name], name=f"{output.name}/Identity"))
+            self.graph.node.append(
+                helper.make_node("Identity", [source], [output.name], name=f"{output.name}/Identity")
+            )
 
     def add_outputs(self, names: list[str]) -> None:
         own = {o.name for o in self.graph.output}
@@ -211,6 +218,11 @@ class _Graph:
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)
         del self.graph.value_info[:]
+
+
+def _along(axis: int | None, ndim: int) -> list[int]:
+    """The shape in which a flat tensor lies along one axis."""
+    return [-1 if a == axis else 1 for a in range(ndim)]
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from vitquant.errors import UsageError
+from vitquant.methods.adfq_vit import adfq_vit
+from vitquant.methods.deploy import deploy_int8, deploy_w4a8
+from vitquant.methods.fq_vit import fq_vit
+from vitquant.methods.igq_vit import igq_vit
 from vitquant.methods.plain import minmax, percentile
 from vitquant.methods.repq_vit import repq_vit
 from vitquant.recipe import Bits, Recipe
@@ -15,6 +20,11 @@ METHODS: Mapping[str, Callable[..., Recipe]] = {
     "minmax": minmax,
     "percentile": percentile,
     "repq-vit": repq_vit,
+    "adfq-vit": adfq_vit,
+    "fq-vit": fq_vit,
+    "igq-vit": igq_vit,
+    "deploy-int8": deploy_int8,
+    "deploy-w4a8": deploy_w4a8,
 }
 """Every method by the name that the command line knows."""
 
@@ -27,6 +37,11 @@ def recipe(method: str | Recipe, bits: str | Bits = "w4a4", **options: Any) -> R
         near = get_close_matches(method, METHODS, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UsageError(f"unknown method '{method}'{hint} There are: {', '.join(METHODS)}")
+    known = inspect.signature(METHODS[method]).parameters
+    unknown = [name for name in options if name not in known or name == "bits"]
+    if unknown:
+        there = ", ".join(name for name in known if name != "bits") or "none"
+        raise UsageError(f"method '{method}' has no option '{unknown[0]}'; its options: {there}")
     return METHODS[method](Bits.parse(bits) if isinstance(bits, str) else bits, **options)
 
 
@@ -47,4 +62,4 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["METHODS", "describe", "minmax", "percentile", "recipe", "repq_vit"]
+__all__ = ["METHODS", "adfq_vit", "fq_vit", "describe", "igq_vit", "minmax", "percentile", "recipe", "repq_vit"]

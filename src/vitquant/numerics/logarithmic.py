@@ -20,12 +20,13 @@ class LogScale(NamedTuple):
 
 @dataclass(frozen=True)
 class Log(Quantizer):
-    """x̂ = scale · 2^(-code / steps), code = round(-steps · log2(x / scale)).
+    """x̂ = scale · 2^(-code / steps), code = round(t), t = -steps · log2(x / scale).
 
     steps = 1 is log2, steps = 2 is log√2 (RepQ-ViT, arXiv:2212.08254, section 3.3). The last code,
-    2^b - 1, stands for exactly 0, so there are 2^b levels. `extra_zero` reproduces the released RepQ-ViT
-    code instead: all 2^b codes are powers, and one more means 0: 2^b + 1 levels, which do not fit in b
-    bits and are counted as log2(2^b + 1). x >= 0, any shape; x above `scale` takes the largest level.
+    2^b - 1, stands for exactly 0, so there are 2^b levels; it is taken by what is nearer to 0 than to the
+    smallest power. `extra_zero` reproduces the released RepQ-ViT code instead: all 2^b codes are powers, and
+    one more, taken where t rounds beyond them, means 0: 2^b + 1 levels, which do not fit in b bits and are
+    counted as log2(2^b + 1). x >= 0, any shape; x above `scale` takes the largest level.
     """
 
     steps: int = 1
@@ -42,13 +43,89 @@ class Log(Quantizer):
         return LogScale(torch.where(high >= TINY, high, 1.0))
 
     def encode_resolved(self, x: Tensor, p: LogScale) -> Tensor:
-        if torch.is_grad_enabled():
-            # log2 has no finite gradient at 0; what lies that low decodes to 0 anyway.
-            codes = round_ste((x / p.scale).clamp(min=TINY).log2() * -self.steps)
-            return codes.clamp(0, self.levels - 1)
-        codes = (x / p.scale).clamp_(min=TINY).log2_().mul_(-self.steps)
-        return codes.round_().clamp_(0, self.levels - 1)
+        # log2 has no finite gradient at 0; what lies that low becomes 0 anyway.
+        t = (x / p.scale).clamp(min=TINY).log2() * -self.steps
+        codes = round_ste(t).clamp(0, self.levels - 2)
+        return codes.masked_fill(t > self._zero_beyond, self.levels - 1)
 
     def decode_resolved(self, codes: Tensor, p: LogScale) -> Tensor:
         powers = torch.exp2(codes / -self.steps) * p.scale
-        return torch.where(codes >= self.levels - 1, 0.0, powers)
+        return powers.masked_fill(codes == self.levels - 1, 0)
+
+    def round_trip_(self, x: Tensor, p: LogScale) -> Tensor:
+        x.div_(p.scale).clamp_(min=TINY).log2_().mul_(-self.steps)
+        zero = x > self._zero_beyond
+        x.round_().clamp_(0, self.levels - 2).div_(-self.steps).exp2_().mul_(p.scale)
+        return x.masked_fill_(zero, 0)
+
+    @property
+    def _zero_beyond(self) -> float:
+        """The t above which the code means 0: half of the smallest power, or where the last power's rounding ends."""
+        return self.levels - 2 + (0.5 if self.extra_zero else self.steps)
+
+
+class ShiftLogScale(NamedTuple):
+    """Parameters of a shifted logarithmic grid, flat, one for each group. Levels reach from `minimum` to
+    `minimum` + `scale`."""
+
+    scale: Tensor
+    minimum: Tensor
+
+
+@dataclass(frozen=True)
+class ShiftLog(Quantizer):
+    """Shift-log2: x̂ = t̂ + m with t̂ the `Log` grid of t = x - m, for activations with a negative minimum m.
+
+    steps: 1 = log2, 2 = log√2. The flushed code is the last one and decodes to m; exact 0 is not a level.
+    m is constant, so that its share of a product folds into the bias, see `fold_minimum`: `floor`, the smallest
+    value that GELU can give (-0.169971 at x = -0.7518, rounded away from 0), wherever the observed minimum lies
+    in [floor, 0); else, as for other activations, the observed minimum. `runtime_minimum` takes x.min() of the
+    whole tensor at run time instead (the released code): an image's result then depends on its batch.
+    `extra_zero`: one level more than 2^b, as in `Log`. x: any shape, in the tensor's units.
+
+    ADFQ-ViT (arXiv:2407.02763), shift-log2 quantizer; the name says log2, the released code is log√2 (default).
+    Its guard of 1e-6 against log(0) is not needed here.
+    """
+
+    steps: int = 2
+    extra_zero: bool = False
+    floor: float = -0.17
+    runtime_minimum: bool = False
+
+    parameters: ClassVar[type] = ShiftLogScale
+
+    @property
+    def log(self) -> Log:
+        """The format of what is shifted to be positive."""
+        return Log(self.bits, self.granularity, self.steps, self.extra_zero)
+
+    @property
+    def levels(self) -> int:
+        return self.log.levels
+
+    def fit(self, low: Tensor, high: Tensor) -> ShiftLogScale:
+        low, high = checked_range(low, high)
+        minimum = torch.where((low >= self.floor) & (low < 0), self.floor, low)
+        return ShiftLogScale(*self.log.fit(torch.zeros_like(low), high - minimum), minimum)
+
+    def resolve(self, x: Tensor, p: ShiftLogScale) -> ShiftLogScale:
+        scale, minimum = (self.granularity.spread(field, x) for field in p)
+        return ShiftLogScale(scale, x.min() if self.runtime_minimum else minimum)
+
+    def encode_resolved(self, x: Tensor, p: ShiftLogScale) -> Tensor:
+        return self.log.encode_resolved(x - p.minimum, LogScale(p.scale))
+
+    def decode_resolved(self, codes: Tensor, p: ShiftLogScale) -> Tensor:
+        return self.log.decode_resolved(codes, LogScale(p.scale)) + p.minimum
+
+    def round_trip_(self, x: Tensor, p: ShiftLogScale) -> Tensor:
+        return self.log.round_trip_(x.sub_(p.minimum), LogScale(p.scale)).add_(p.minimum)
+
+
+def fold_minimum(weight: Tensor, bias: Tensor | None, minimum: Tensor) -> Tensor:
+    """The bias that carries a constant shift: (t̂ + m) Wᵀ + b = t̂ Wᵀ + (b + m · Σ_in W), exactly.
+
+    weight: (out, in), as it is used (decoded). minimum: m, one value. Returns (out,), in the weight's dtype.
+    """
+    shift = weight.sum(1) * minimum
+    return shift if bias is None else bias + shift

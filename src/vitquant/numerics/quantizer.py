@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 from typing import Any, ClassVar, NamedTuple
@@ -15,6 +16,10 @@ from vitquant.numerics.granularity import PER_TENSOR, Granularity
 
 MAX_BITS = 16
 """Codes are carried in float32, which holds every integer of up to 24 bits exactly."""
+
+
+PART = 2**17
+"""Elements that go through a chain of in-place steps together: 512 KiB, within a core's cache."""
 
 
 class Affine(NamedTuple):
@@ -66,6 +71,10 @@ class Quantizer(ABC):
     def effective_bits(self) -> float:
         return log2(self.levels)
 
+    def mean_bits(self, p: Params) -> float:
+        """Effective bits of an element under these parameters, which may say what is kept beside the codes."""
+        return self.effective_bits
+
     @property
     def storage_bits(self) -> int:
         """Whole bits that a stored code takes."""
@@ -75,6 +84,11 @@ class Quantizer(ABC):
     def code_range(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         return 0, self.levels - 1
+
+    def view(self, x: Tensor) -> Tensor:
+        """x as (groups, elements): what calibration gathers statistics of. A format whose parameters describe
+        something else than x's own elements (ranges of channels, say) shows that instead."""
+        return self.granularity.view(x)
 
     @abstractmethod
     def fit(self, low: Tensor, high: Tensor) -> Params:
@@ -107,15 +121,38 @@ class Quantizer(ABC):
     def fake_quantize(self, x: Tensor, p: Params) -> Tensor:
         """decode(encode(x)), differentiable by the straight-through estimator."""
         p = self.resolve(x, p)
-        return self.decode_resolved(self.encode_resolved(x, p), p)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.decode_resolved(self.encode_resolved(x, p), p)
+        # Memory traffic is what this costs: a part that fits in the cache goes through all steps in place.
+        out = torch.empty_like(x)
+        for part, target, own in zip(*_parts(x, out, p), strict=True):
+            self.round_trip_(target.copy_(part), own)
+        return out
 
-    def extra_bops(self, shape: tuple[int, ...]) -> int:
-        """Bit-operations that the format itself needs at run time for a tensor of this shape, per image."""
+    def round_trip_(self, x: Tensor, p: Params) -> Tensor:
+        """decode(encode(x)) written into x; no gradient. p: from `resolve`."""
+        return x.copy_(self.decode_resolved(self.encode_resolved(x, p), p))
+
+    def extra_bops(self, shape: tuple[int, ...], macs: int = 0) -> int:
+        """Bit-operations that the format itself needs at run time, per image.
+
+        shape: of the tensor, for one image. macs: multiply-accumulates of the product that reads it.
+        """
         return 0
 
     def describe(self) -> str:
         """The format in a few words, for tables."""
         return f"{type(self).__name__}{self.bits} / {self.granularity}"
+
+
+def _parts(x: Tensor, out: Tensor, p: Params) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Params]]:
+    """x, out and resolved parameters cut along the first axis into parts of about `PART` elements."""
+    if x.numel() <= PART or len(x) < 2:
+        return [x], [out], [p]
+    rows = max(PART * len(x) // x.numel(), 1)
+    parts = x.split(rows)
+    cut = [f.split(rows) if f.dim() == x.dim() and len(f) == len(x) else (f,) * len(parts) for f in p]
+    return parts, out.split(rows), [type(p)(*fields) for fields in zip(*cut, strict=True)]
 
 
 def checked_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

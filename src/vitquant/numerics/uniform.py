@@ -11,6 +11,10 @@ from vitquant.numerics.quantizer import Affine, Quantizer, checked_range, round_
 
 TINY = 2.0**-126
 """The smallest normal float32: a scale below it would turn x / scale into infinity."""
+NARROW = 2.0**-14
+"""A range this narrow, relative to its distance from 0, counts as one value: its zero-point would not be exact."""
+FAR = 2.0**23
+"""Steps beyond every code and zero-point; what lies further saturates anyway."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Uniform(Quantizer):
             top = (self.levels - 1) / 2 if self.full_range else max(self.levels // 2 - 1, 1)
             scale = _positive(torch.maximum(low.abs(), high.abs()) / top)
             return Affine(scale, torch.zeros_like(scale))
-        constant = low == high
+        constant = high - low <= NARROW * torch.maximum(low.abs(), high.abs())
         zeroed = constant | self.include_zero
         low = torch.where(zeroed, low.clamp(max=0), low)
         high = torch.where(zeroed, high.clamp(min=0), high)
@@ -51,17 +55,15 @@ class Uniform(Quantizer):
     def encode_resolved(self, x: Tensor, p: Affine) -> Tensor:
         low, high = self.code_range
         if torch.is_grad_enabled():
-            return (round_ste(x / p.scale) + p.zero).clamp(low, high)
+            return (round_ste((x / p.scale).clamp(-FAR, FAR)) + p.zero).clamp(low, high)
         return (x / p.scale).round_().add_(p.zero).clamp_(low, high)
 
     def decode_resolved(self, codes: Tensor, p: Affine) -> Tensor:
         return (codes - p.zero) * p.scale
 
-    def fake_quantize(self, x: Tensor, p: Affine) -> Tensor:
-        if torch.is_grad_enabled():
-            return super().fake_quantize(x, p)
-        p = self.resolve(x, p)
-        return self.encode_resolved(x, p).sub_(p.zero).mul_(p.scale)
+    def round_trip_(self, x: Tensor, p: Affine) -> Tensor:
+        low, high = self.code_range
+        return x.div_(p.scale).round_().add_(p.zero).clamp_(low, high).sub_(p.zero).mul_(p.scale)
 
 
 def _positive(scale: Tensor) -> Tensor:

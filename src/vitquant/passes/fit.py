@@ -21,7 +21,7 @@ class Fit:
         missing = [s for s in state.plan if s not in state.params]
         weights = {s: fit_weight(s, state) for s in missing if state.constant(s) is not None}
         collectors = {
-            s: (rule.quantizer.granularity, rule.search.collector(bench.seed))
+            s: (rule.quantizer, rule.search.collector(bench.seed))
             for s in missing
             if s not in weights
             for rule in [state.plan[s]]
@@ -37,7 +37,7 @@ def fit_weight(site: Site, state: State) -> Params:
     weight = state.constant(site)
     assert isinstance(weight, Tensor)
     rule = state.plan[site]
-    return search(rule, Sample.of(rule.quantizer.granularity.view(weight.detach())), site)
+    return search(rule, Sample.of(rule.quantizer.view(weight.detach())), site)
 
 
 def search(rule: Rule, sample: Sample, site: Site) -> Params:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from vitquant.calibrate import MinMax, Search
+from vitquant.integer import Arithmetic
 from vitquant.numerics import Params, Quantizer
 from vitquant.trace import Site, Trace, Transform
 
@@ -23,8 +24,10 @@ class Rule:
 @dataclass(frozen=True)
 class State:
     """plan: what each site gets. params: the parameters found. rewrites: constants replaced by exact identities.
+    codes: integers chosen for a weight (learned rounding), where they are not simply the nearest.
+    arithmetic: how the operations are carried out; None for torch's own, in floating point.
 
-    Everything lossy lives in `params`: running with `params` empty equals the original model. Passes return
+    Everything lossy lives in `params` and `codes`: running without them equals the original model. Passes return
     a new state; nothing is ever written to the model.
     """
 
@@ -32,6 +35,8 @@ class State:
     plan: Mapping[Site, Rule]
     params: Mapping[Site, Params] = field(default_factory=dict)
     rewrites: Mapping[Site, Tensor] = field(default_factory=dict)
+    codes: Mapping[Site, Tensor] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
 
     def constant(self, site: Site) -> Tensor | None:
         """The weight, bias or norm parameter at a site as it stands; None for an activation."""
@@ -39,7 +44,7 @@ class State:
 
     def floating(self) -> State:
         """The same exact rewrites without anything lossy."""
-        return replace(self, params={})
+        return replace(self, params={}, codes={})
 
     def transforms(self) -> dict[Site, Transform]:
         """What happens to each operand when the model runs under this state."""
@@ -49,8 +54,16 @@ class State:
             if constant is None:
                 done[site] = _fake_quantizer(quantizer, p)
             else:
-                done[site] = _always(quantizer.fake_quantize(constant.detach(), p))
+                done[site] = _always(quantizer.decode(self.weight_codes(site), p))
         return done
+
+    def weight_codes(self, site: Site) -> Tensor:
+        """The integers of a quantized weight: those chosen for it, or the nearest."""
+        constant = self.constant(site)
+        assert constant is not None
+        if site in self.codes:
+            return self.codes[site]
+        return self.plan[site].quantizer.encode(constant.detach(), self.params[site])
 
 
 def _always(x: Tensor) -> Transform:

@@ -72,10 +72,12 @@ def multi_head_attention(
     """
     if static_k is not None or static_v is not None:
         raise UnsupportedComposite("multi_head_attention_forward with static_k or static_v")
-    batched = query.dim() == 3
+    batched, one = query.dim() == 3, query is key and key is value
     if not batched:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-    if not use_separate_proj_weight and query is key and key is value:
+    # The linears see the batch first, as they do in every other model: instances and tokens are on known axes.
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if not use_separate_proj_weight and one:
         q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)  # type: ignore[arg-type]
     else:
         weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -84,12 +86,13 @@ def multi_head_attention(
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
         triples = zip((query, key, value), weights, biases, strict=True)
         q, k, v = (F.linear(x, w, b) for x, w, b in triples)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     length, batch, dim = q.shape
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
-    extra = k.shape[0] - key.shape[0]
+    extra = k.shape[0] - key.shape[1]
     mask = _merged_mask(attn_mask, key_padding_mask, batch, num_heads, extra, q.dtype)
 
     q, k, v = (t.reshape(t.shape[0], batch, num_heads, dim // num_heads).permute(1, 2, 0, 3) for t in (q, k, v))
@@ -99,8 +102,8 @@ def multi_head_attention(
     probs = torch.softmax(logits, -1)
     if dropout_p and training:
         probs = F.dropout(probs, dropout_p)
-    context = torch.matmul(probs, v).permute(2, 0, 1, 3).reshape(length, batch, dim)
-    out = F.linear(context, out_proj_weight, out_proj_bias)
+    context = torch.matmul(probs, v).permute(0, 2, 1, 3).reshape(batch, length, dim)
+    out = F.linear(context, out_proj_weight, out_proj_bias).transpose(0, 1)
     weights_out = (probs.mean(1) if average_attn_weights else probs) if need_weights else None
     if batched:
         return out, weights_out

@@ -14,6 +14,8 @@ from vitquant.trace.operations import CONTRACTIONS
 from vitquant.trace.site import CallKey, Role, Site
 
 IMAGE = "image"
+HIDDEN = -50.0
+"""What is added to an attention logit to hide it: at most this."""
 
 _LAYOUT = frozenset(
     """
@@ -64,7 +66,7 @@ class Node:
 
     inputs: nodes that its data-dependent arguments came from. operands: for an operation, each operand's node
     (None for a constant) and shape. call: function and arguments, until `release`; sources: the node of every
-    tensor among those arguments, None for a constant.
+    tensor among those arguments, None for a constant. factor: the number that a call multiplies its data by.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Node:
     call: tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]] | None = None
     sources: tuple[int | None, ...] = ()
     out_axis: int = 0
+    factor: float | None = None
 
     def release(self) -> None:
         self.call = None
@@ -107,6 +110,16 @@ def kind_of(op: str, name: str, inputs: int) -> str:
     if name in _POOL:
         return "pool"
     return "norm" if name in _NORM else "other"
+
+
+def factor_of(name: str, args: Sequence[Any]) -> float | None:
+    """The number that a call multiplies its data by, None if it does something else."""
+    numbers = [a for a in args if isinstance(a, (int, float))]
+    if name not in _PRODUCT or len(args) != 2 or len(numbers) != 1:
+        return None
+    if "div" not in name:
+        return float(numbers[0])
+    return 1.0 / numbers[0] if isinstance(args[0], Tensor) else None
 
 
 class _Flow:
@@ -163,6 +176,17 @@ class _Flow:
             elif node.kind in ("layout", "scale", "sum") or node.kind in CONTRACTIONS:
                 pending += node.inputs
 
+    def scores(self) -> set[int]:
+        """The nodes whose results a softmax reads, directly or moved and scaled."""
+        pending = [i for node in self.nodes if node.kind == "softmax" for i in node.inputs]
+        seen: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index not in seen:
+                seen.add(index)
+                pending += self.nodes[index].inputs if self.nodes[index].kind in ("layout", "scale") else ()
+        return seen
+
     def heads(self) -> set[int]:
         """The contractions that give the model's output."""
         return {i for source in self.nodes[-1].inputs for i in self._givers(source)}
@@ -181,28 +205,38 @@ def roles(nodes: Sequence[Node], constants: Mapping[Site, Tensor]) -> dict[Site,
     """Role, shape and (for weights) output axis of every site, in order of execution."""
     flow = _Flow(nodes)
     logits = {p for i, n in enumerate(nodes) if n.kind == "softmax" for p in flow.behind_softmax(i)}
-    heads = flow.heads()
+    heads, scores = flow.heads(), flow.scores()
     found: dict[Site, tuple[Role, tuple[int, ...], int]] = {}
     for i, node in enumerate(nodes):
         if node.key is None:
             continue
         for operand, (source, shape) in node.operands.items():
             site = Site(node.key, operand)
-            role = _role(flow, i, operand, source, i in logits and not flow.is_mix(i), i in heads)
+            gives_logits = i in logits and not flow.is_mix(i)
+            role = _role(flow, constants, i, operand, source, gives_logits, i in heads)
             if role is not None:
                 found[site] = (role, shape, _out_axis(node, operand))
-        role = _output_role(node)
-        if role is not None:
+        role = _output_role(node, i in scores)
+        if role is not None and not hides(node, constants):
             found[Site(node.key, "output")] = (role, node.shape, 0)
     return found
 
 
-def _output_role(node: Node) -> Role | None:
+def _output_role(node: Node, scores: bool) -> Role | None:
+    """scores: softmax reads this, perhaps moved or scaled."""
     if node.kind in CONTRACTIONS:
         return Role.PRODUCT
-    if node.kind == "sum":
-        return Role.SUM
-    return Role.EMBEDDING if node.key is not None and node.key.op == "add" else None
+    if node.key is not None and node.key.op == "add":
+        return Role.LOGITS if scores else Role.SUM if node.kind == "sum" else Role.EMBEDDING
+    return {"norm": Role.NORM_OUTPUT, "softmax": Role.SOFTMAX_OUTPUT, "act": Role.ACT_OUTPUT}.get(node.kind)
+
+
+def hides(node: Node, constants: Mapping[Site, Tensor]) -> bool:
+    """The call adds an attention mask: a constant of which every value is 0 or so low that exp() of it is nothing."""
+    if node.key is None or node.key.op != "add":
+        return False
+    added = [constants[s] for s in (Site(node.key, name) for name in node.operands) if s in constants]
+    return any(bool(((c == 0) | (c <= HIDDEN)).all() and (c <= HIDDEN).any()) for c in added)
 
 
 def _out_axis(node: Node, operand: str) -> int:
@@ -213,11 +247,19 @@ def _out_axis(node: Node, operand: str) -> int:
 
 
 def _role(
-    flow: _Flow, index: int, operand: str, source: int | None, gives_logits: bool, gives_output: bool
+    flow: _Flow,
+    constants: Mapping[Site, Tensor],
+    index: int,
+    operand: str,
+    source: int | None,
+    gives_logits: bool,
+    gives_output: bool,
 ) -> Role | None:
     node = flow.nodes[index]
     if node.kind not in CONTRACTIONS:
         inputs = {"norm": Role.NORM_INPUT, "softmax": Role.LOGITS, "act": Role.ACT_INPUT}
+        if node.key is not None and node.key.op == "add":
+            return Role.ADDEND if source is None and not hides(node, constants) else None
         return inputs.get(node.kind) if operand == "input" and source is not None else None
     if operand == "bias":
         return None

@@ -60,6 +60,10 @@ class Role(str, Enum):
     PRODUCT = "contraction output"
     SUM = "sum"
     EMBEDDING = "embedding"
+    ADDEND = "added constant"
+    NORM_OUTPUT = "norm output"
+    SOFTMAX_OUTPUT = "softmax output"
+    ACT_OUTPUT = "activation output"
 
     def __str__(self) -> str:
         return self.value

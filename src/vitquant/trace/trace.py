@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vitquant.errors import TraceError, UnknownContraction
-from vitquant.trace.flow import IMAGE, Node, NormGroup, kind_of, norm_groups, roles
+from vitquant.trace.flow import IMAGE, Node, NormGroup, factor_of, kind_of, norm_groups, roles
 from vitquant.trace.intercept import Interceptor, tensors_in
 from vitquant.trace.operations import CONTRACTIONS, Operation
 from vitquant.trace.site import CallKey, Role, Site
@@ -169,6 +169,7 @@ class _Recorder(Interceptor):
         node = Node(kind, name, self.scope, key, inputs, operands, tuple(results[0].shape))
         node.call, node.sources = (func, tuple(args), kwargs), sources
         node.out_axis = operation.out_axis if operation else 0
+        node.factor = factor_of(name, args) if kind == "scale" and key is None else None
         self.nodes.append(node)
         self._source.update({id(t): len(self.nodes) - 1 for t in results})
 
@@ -190,7 +191,7 @@ class _Recorder(Interceptor):
     def _note_uses(self, given: list[Tensor], operands: Mapping[str, Any], key: CallKey | None) -> None:
         """Which constants this call reads: as an operand that can be replaced, or otherwise (None)."""
         own: dict[int, Site] = {}
-        if key is not None and key.op in (*CONTRACTIONS, "norm"):
+        if key is not None and key.op in (*CONTRACTIONS, "norm", "add"):
             sites = [Site(key, operand) for operand in operands]
             own = {id(self.constants[s]): s for s in sites if s in self.constants}
         for t in given:
