@@ -1,10 +1,11 @@
 """The results table: every method at the bit-widths it is made for, on one real model.
 
-    python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint W.safetensors --data DIR --output results/accuracy
+    python benchmarks/accuracy.py deit_tiny_patch16_224 --checkpoint W.safetensors --data DIR
 
-One process for each row and seed, so that the peak memory is the row's own; finished rows are kept in OUTPUT/rows and
-not run again. Prints the table in Markdown: mean over calibration seeds, the standard error of one accuracy, and the
-p-value of McNemar's paired test against `repq-vit` at the same bits (first seed of both).
+One process for each row and seed, so that the peak memory is the row's own, `--jobs` of them at a time. Finished rows
+are kept in OUTPUT/rows and not run again; so are the prepared images and the full-precision logits. Prints the table
+in Markdown: mean over calibration seeds, the standard error of one accuracy, and the p-value of McNemar's paired test
+against `repq-vit` at the same bits (first seed of both).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 
 import vitquant
 from vitquant import evaluate, models
@@ -43,77 +47,99 @@ class Row(NamedTuple):
         return f"{self.method} ({said})" if said else self.method
 
 
+ONE = (0,)
 ROWS = [
     Row("minmax", "w8a8"),
-    Row("percentile", "w8a8"),
-    Row("fq-vit", "w8a8", 100, '{"ptf": false, "lis": false}'),
-    Row("fq-vit", "w8a8", 100),
-    Row("fq-vit", "w8a8-attn4", 100),
-    Row("minmax", "w6a6"),
-    Row("percentile", "w6a6"),
-    Row("repq-vit", "w6a6"),
-    Row("adfq-vit", "w6a6"),
-    Row("igq-vit", "w6a6"),
-    Row("minmax", "w4a4"),
+    Row("percentile", "w8a8", seeds=ONE),
+    Row("fq-vit", "w8a8", 100, '{"ptf": false, "lis": false}', ONE),
+    Row("fq-vit", "w8a8", 100, seeds=ONE),
+    Row("fq-vit", "w8a8-attn4", 100, seeds=ONE),
+    Row("deploy-int8", "w8a8", seeds=ONE),
+    Row("deploy-w4a8", "w4a8", seeds=ONE),
+    Row("minmax", "w6a6", seeds=ONE),
+    Row("percentile", "w6a6", seeds=ONE),
+    Row("repq-vit", "w6a6", seeds=ONE),
+    Row("adfq-vit", "w6a6", options='{"optimise": false}', seeds=ONE),
+    Row("igq-vit", "w6a6", seeds=ONE),
+    Row("minmax", "w4a4", seeds=ONE),
     Row("percentile", "w4a4"),
     Row("repq-vit", "w4a4", options='{"reparam": false}'),
-    Row("repq-vit", "w4a4"),
     Row("repq-vit", "w4a4", options='{"extra_zero": true}'),
-    Row("adfq-vit", "w4a4"),
+    Row("repq-vit", "w4a4"),
+    Row("adfq-vit", "w4a4", options='{"optimise": false}'),
     Row("igq-vit", "w4a4"),
     Row("igq-vit", "w4a4", options='{"groups": 12}'),
 ]
 
 
 def main(
-    model: str = "deit_tiny_patch16_224",
+    model: Annotated[str, typer.Argument()] = "deit_tiny_patch16_224",
     checkpoint: Annotated[Path | None, typer.Option()] = None,
     data: Annotated[Path, typer.Option()] = Path("data"),
     output: Annotated[Path, typer.Option()] = Path("results/accuracy"),
     only: Annotated[str, typer.Option(help="Run only rows whose method and bits contain this.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Evaluate on so many images only.")] = None,
-    threads: int = 2,
+    jobs: Annotated[int, typer.Option(help="Rows at a time, one thread each.")] = 2,
     row: Annotated[str, typer.Option(hidden=True)] = "",
     seed: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run the missing rows, print the table."""
     if row:
-        torch.set_num_threads(threads)
-        found = _run(Row(**json.loads(row)), seed, model, checkpoint, data, limit)
-        print(json.dumps(found))
+        torch.set_num_threads(1)
+        print(json.dumps(_run(Row(**json.loads(row)), seed, model, checkpoint, data, output)))
         return
-    rows = [r for r in ROWS if only in f"{r.method} {r.bits}"]
     (output / "rows").mkdir(parents=True, exist_ok=True)
-    for r in rows:
-        for s in r.seeds:
-            kept = output / "rows" / f"{r.name} {r.bits} {r.images} {s}.json".replace("/", "-")
-            if not kept.exists():
-                print(f"{r.name} {r.bits} seed {s}", file=sys.stderr, flush=True)
-                task = ["--row", json.dumps(r._asdict()), "--seed", str(s)]
-                done = subprocess.run(
-                    [sys.executable, *sys.argv, *task], check=True, stdout=subprocess.PIPE, text=True
-                )
-                kept.write_text(done.stdout.splitlines()[-1])
+    _prepare(model, checkpoint, data, output)
+    rows = [r for r in ROWS if only in f"{r.method} {r.bits}"]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda task: _ensure(*task, output), [(r, s) for r in rows for s in r.seeds]))
     print(_table(rows, output))
 
 
-def _run(
-    row: Row, seed: int, name: str, checkpoint: Path | None, data: Path, limit: int | None
-) -> dict[str, Any]:
-    loaded = models.load(models.parse(name, checkpoint))
-    calib, val = (
-        ImageFolder(find_split(data, kind), loaded.transform, loaded.label_space, loaded.classes)
-        for kind in ("calib", "val")
+def _ensure(row: Row, seed: int, output: Path) -> None:
+    """Run a row in a process of its own, unless it was run before."""
+    kept = _file(output, row, seed)
+    if kept.exists():
+        return
+    task = ["--row", json.dumps(row._asdict()), "--seed", str(seed)]
+    done = subprocess.run([sys.executable, *sys.argv, *task], check=True, stdout=subprocess.PIPE, text=True)
+    kept.write_text(done.stdout.splitlines()[-1])
+    print(
+        f"{row.name} {row.bits} seed {seed}: {json.loads(kept.read_text())['top1']:.1f}", file=sys.stderr, flush=True
     )
+
+
+def _prepare(name: str, checkpoint: Path | None, data: Path, output: Path) -> None:
+    """Validation images, labels and full-precision logits, computed once for all rows."""
+    path = output / "val.safetensors"
+    if path.exists():
+        return
+    loaded = models.load(models.parse(name, checkpoint))
+    folder = ImageFolder(find_split(data, "val"), loaded.transform, loaded.label_space, loaded.classes)
+    images, labels, logits = [], [], []
+    with torch.no_grad():
+        for x, y in folder.batches(32):
+            images.append(x)
+            labels.append(y)
+            logits.append(loaded.model(x))
+    tensors = {"images": torch.cat(images), "labels": torch.cat(labels), "logits": torch.cat(logits)}
+    save_file(tensors, path)
+    top1 = (tensors["logits"].argmax(1) == tensors["labels"]).float().mean()
+    print(f"full precision: {100 * top1:.1f}", file=sys.stderr)
+
+
+def _run(row: Row, seed: int, name: str, checkpoint: Path | None, data: Path, output: Path) -> dict[str, Any]:
+    loaded = models.load(models.parse(name, checkpoint))
+    calib = ImageFolder(find_split(data, "calib"), loaded.transform, loaded.label_space, loaded.classes)
     batches = calib.sample(row.images, seed).calibration(32)
     begin, cpu = time.perf_counter(), time.process_time()
     options = json.loads(row.options)
     quantized = vitquant.quantize(loaded.model, batches, row.method, row.bits, seed=seed, **options)
     spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    size = _size(quantized)
-    images = val if limit is None else val.sample(limit, 0)
-    report = evaluate.measure(images.batches(32), quantized, loaded.model)
+    val = load_file(output / "val.safetensors")
+    expected = iter(val["logits"].split(32))
+    pairs = zip(val["images"].split(32), val["labels"].split(32), strict=True)
+    report = evaluate.measure(pairs, quantized, lambda _: next(expected))
     return {
         "top1": report.top1,
         "agreement": report.agreement,
@@ -122,15 +148,17 @@ def _run(
         "standard_error": report.standard_error(),
         "bits": quantized.ledger.bits(),
         "gbops": quantized.ledger.bops() / 1e9,
-        "megabytes": size / 1e6,
+        "megabytes": _size(quantized) / 1e6,
         "peak_gigabytes": peak,
         **spent,
     }
 
 
-def _size(quantized: vitquant.QuantizedModel) -> int:
-    import tempfile
+def _file(output: Path, row: Row, seed: int) -> Path:
+    return output / "rows" / f"{row.name} {row.bits} {row.images} {seed}.json"
 
+
+def _size(quantized: vitquant.QuantizedModel) -> int:
     with tempfile.TemporaryDirectory() as folder:
         quantized.save(folder)
         return sum(f.stat().st_size for f in Path(folder).iterdir())
@@ -150,7 +178,7 @@ def _table(rows: list[Row], output: Path) -> str:
 
 
 def _kept(output: Path, row: Row, seed: int) -> dict[str, Any]:
-    return json.loads((output / "rows" / f"{row.name} {row.bits} {row.images} {seed}.json").read_text())
+    return json.loads(_file(output, row, seed).read_text())
 
 
 def _line(row: Row, runs: list[dict[str, Any]], base: dict[str, Any] | None) -> str:

@@ -27,7 +27,7 @@ METHODS = ("minmax:w8a8", "repq-vit:w4a4", "fq-vit:w8a8-attn4", "adfq-vit:w4a4",
 
 
 def main(
-    model: str = "deit_tiny_patch16_224",
+    model: Annotated[str, typer.Argument()] = "deit_tiny_patch16_224",
     checkpoint: Annotated[Path | None, typer.Option()] = None,
     data: Annotated[Path, typer.Option()] = Path("data"),
     images: int = 32,

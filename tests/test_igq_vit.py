@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_codes_are_integers_in_range_and_decode_to_the_simulation(seed: int, gro
     settled = q.resolve(x, p)
     codes = q.encode_resolved(x, settled)
     assert torch.equal(codes, codes.round())
-    assert 0 <= codes.min() and codes.max() <= 15
+    assert codes.min() >= 0 and codes.max() <= 15
     assert torch.equal(q.fake_quantize(x, p), q.decode_resolved(codes, settled))
 
 
@@ -147,7 +148,7 @@ def test_more_groups_never_raise_the_mean_calibration_error(seed: int) -> None:
     x = tokens(seed, 4, 6, 24)
     formats = [InstanceGroups(4, groups=g) for g in (1, 2, 4, 8, 16)]
     errors = [objective(q, q.view(x), bank_of(q, x)) for q in formats]
-    assert all(more <= fewer + 1e-9 for fewer, more in zip(errors, errors[1:], strict=False))
+    assert all(more <= fewer + 1e-9 for fewer, more in pairwise(errors))
 
 
 def test_calibrated_banks_beat_random_ones() -> None:

@@ -43,10 +43,14 @@ def tiny() -> tuple[nn.Module, torch.Tensor]:
     return Tiny(), torch.randn(6, 3, 16, 16)
 
 
+QUICK = {"adfq-vit": {"iterations": 4}}
+"""Options that shorten what is long by design."""
+
+
 @pytest.mark.parametrize("method", list(vitquant.METHODS))
 def test_every_method_quantizes_saves_and_loads(method: str, tiny: tuple, tmp_path: Path) -> None:
     model, images = tiny
-    quantized = vitquant.quantize(model, images, method, "w8a8")
+    quantized = vitquant.quantize(model, images, method, "w8a8", **QUICK.get(method, {}))
     logits = quantized(images)
     assert (logits - model(images)).norm() < 0.2 * model(images).norm()
     quantized.save(tmp_path)

@@ -147,7 +147,7 @@ def sites(
         for site, info in trace.sites.items()
         if every or info.role in vitquant.CONTRACTION_ROLES
     ]
-    table = Table("site", "role", "shape of one image", "MACs", title=str(loaded.source))
+    table = _sites_table("role", "shape of one image", "MACs", title=str(loaded.source))
     for row in rows:
         table.add_row(row["site"], row["role"], "x".join(map(str, row["shape"])), f"{row['macs'] or 0:,}")
     out.print(table)
@@ -165,7 +165,7 @@ def inspect(
     vitquant inspect OUT
     """
     config = read_config(artifact)
-    table = Table("site", "role", "format", "shape of one image", "bits", title=str(artifact))
+    table = _sites_table("role", "format", "shape of one image", "bits", title=str(artifact))
     for name, entry in config["ledger"]["entries"].items():
         shape = "x".join(map(str, entry["shape"]))
         table.add_row(name, entry["role"], entry["format"], shape, f"{entry['bits']:.4g}")
@@ -380,6 +380,15 @@ def _show(title: str, report: dict[str, Any]) -> None:
         elif name != "sqnr":
             table.add_row(name.replace("_", " "), _text(value))
     out.print(table)
+
+
+def _sites_table(*columns: str, title: str) -> Table:
+    """A table whose first column holds names of sites, never cut: they are what is copied from it."""
+    table = Table(title=title)
+    table.add_column("site", overflow="fold", min_width=40)
+    for name in columns:
+        table.add_column(name)
+    return table
 
 
 def _text(value: Any) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitquant.artifact.ledger import Ledger
 from vitquant.errors import PlanError
 from vitquant.integer import Arithmetic, IntegerRun
 from vitquant.numerics import Params, Quantizer
 from vitquant.recipe import State
+from vitquant.recipe.ledger import Ledger
 from vitquant.trace import Interceptor, Site
 
 
@@ -158,7 +158,8 @@ class QuantizedModel(nn.Module):
 
     @torch.no_grad()
     def _on_integers(self, integers_only: bool, args: Any, kwargs: Any) -> Any:
-        with self.execution(integers_only) as mode:
+        mode = self.execution(integers_only)
+        with mode:
             output = self.model(*args, **kwargs)
         return mode.real(output)
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitquant.artifact.ledger import Entry, Ledger
 from vitquant.artifact.model import Activation, Constant, Provenance, QuantizedModel, Weight
 from vitquant.errors import ArtifactError, VitquantError
 from vitquant.integer import Arithmetic
 from vitquant.numerics import FORMATS, Granularity, Quantizer, pack, unpack
+from vitquant.recipe.ledger import Entry, Ledger
 from vitquant.trace import Site
 
 CONFIG, TENSORS = "config.json", "model.safetensors"

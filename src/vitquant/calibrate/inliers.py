@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vitquant.calibrate.search import Percentile, Search
-from vitquant.calibrate.statistic import Collector, Sample, quantiles
+from vitquant.calibrate.statistic import Collector, Sample
 from vitquant.errors import PlanError
 from vitquant.numerics import OutlierAware, OutlierGrid, Params, Quantizer
 
@@ -16,13 +16,13 @@ from vitquant.numerics import OutlierAware, OutlierGrid, Params, Quantizer
 class Inliers:
     """For `OutlierAware`: `search` on the values with outliers set to 0 (they stay in the statistics).
 
-    budget: if given, the fraction of elements that may be outliers; the threshold is then the (1 - budget)
-    quantile of |x| over all tokens instead of the format's own. The parameters carry the fraction of outliers
-    seen, which is what the format's cost is counted from. (ADFQ-ViT, arXiv:2407.02763, released code; the
-    budget is our own.)
+    budget: if given, the fraction of elements that may be outliers; the threshold is then the smallest |x|
+    that no more of the sample exceed, over all tokens, instead of the format's own. The parameters carry the
+    fraction of outliers seen, which is what the format's cost is counted from. (ADFQ-ViT, arXiv:2407.02763,
+    released code; the budget is our own.)
     """
 
-    search: Search = Percentile()
+    search: Search = field(default_factory=Percentile)
     budget: float | None = None
 
     def collector(self, seed: int) -> Collector:
@@ -34,14 +34,15 @@ class Inliers:
         size = sample.values.abs()
         threshold = torch.tensor(quantizer.threshold)
         if self.budget is not None:
-            threshold = quantiles(size.reshape(1, -1), (1 - self.budget,)).reshape(())
+            allowed = min(int(self.budget * size.numel()), size.numel() - 1)
+            threshold = size.flatten().topk(allowed + 1).values[-1]  # just `allowed` values lie beyond it
         threshold = threshold.to(size)
         outlier = size > threshold
         inliers = Sample(
-            sample.low.clamp(min=-threshold, max=0),
-            sample.high.clamp(min=0, max=threshold),
+            torch.maximum(sample.low, -threshold).clamp(max=0),
+            torch.minimum(sample.high, threshold).clamp(min=0),
             sample.values.masked_fill(outlier, 0.0),
         )
-        grid = self.search(quantizer.grid, inliers)
+        scale, zero = self.search(quantizer.grid, inliers)
         fraction = outlier.to(size).mean(1)
-        return OutlierGrid(*grid, threshold.expand_as(fraction).clone(), fraction)
+        return OutlierGrid(scale, zero, threshold.expand_as(fraction).clone(), fraction)

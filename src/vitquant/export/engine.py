@@ -41,7 +41,7 @@ def onnxruntime(path: str, threads: int = 0, optimise: bool = True) -> Run:
 
 
 def openvino(path: str, threads: int = 0, precision: str = "f32") -> Run:
-    """precision: "f32" or "bf16" for what stays in floating point; OpenVINO's own default is bf16 where it is fast."""
+    """precision: "f32" or "bf16" for what stays in floating point; its own default is bf16 where that is fast."""
     import openvino as ov
 
     config: dict[str, Any] = {
@@ -82,7 +82,7 @@ def eager(path: str, threads: int = 0, compile: bool = False, bf16: bool = False
 
 
 def integer(path: str, threads: int = 0) -> Run:
-    """An artifact's directory, with its architecture in `architecture.pt` beside it, on this package's own runtime."""
+    """An artifact's directory, its architecture in `architecture.pt` beside it, on this package's own runtime."""
     import torch
 
     import vitquant
@@ -127,7 +127,7 @@ def answer(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
     parts = [run(np.ascontiguousarray(images[i : i + size])) for i in range(0, len(images), size)]
     names = list(parts[0])
     arrays = {str(i): np.concatenate([part[name] for part in parts]) for i, name in enumerate(names)}
-    np.savez(request["outputs"], names=np.array(names), **arrays)
+    np.savez(request["outputs"], names=np.array(names), **arrays)  # type: ignore[arg-type]
     return {}
 
 

@@ -59,9 +59,12 @@ class Codes:
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight as integers: ŵ = step · values. values: int8 of the weight's shape; step: (1,) or one for each
-    index of `axis`. bits: of the stored integers, 4 or 8. shift: where given, as long as step; what is stored is
-    then values + shift, unsigned. computed: the product runs on integers; else they are multiplied out first."""
+    """A weight as integers: ŵ = step · values.
+
+    values: of the weight's shape, int8 where they fit. step: (1,) or one for each index of `axis`. bits: of the
+    stored integers, 4 or 8. shift: where given, as long as step; what is stored is then values + shift, unsigned.
+    computed: the product runs on integers; else they are multiplied out first.
+    """
 
     values: Tensor
     step: Tensor
@@ -119,7 +122,8 @@ def _in_floating_point(call: CallKey, lowered: dict[Site, Lowering], model: Quan
     for name in names:
         if name not in without:
             old = lowered[sites[name]]
-            how = f"{old.verdict.how.partition(',')[0]}, but computed in floating point as the product's {without[0]} is"
+            stored = old.verdict.how.partition(",")[0]
+            how = f"{stored}, but computed in floating point as the product's {without[0]} is"
             form = replace(old.form, computed=False) if isinstance(old.form, Integers) else None
             changed[sites[name]] = Lowering(replace(old.verdict, kind=Kind.FLOAT, how=how), form)
     return changed
@@ -145,7 +149,7 @@ def _activation(operand: Activation, approximate: bool) -> _Result:
     if grid is not None:
         low, high = int(grid[0].min()), int(grid[0].max())
         zero = max(0, -low)
-        if zero + high <= 255:
+        if zero <= 255 and zero + high <= 255:
             rounds = type(quantizer) is Uniform
             how = "uint8 grid" if rounds else f"{name} rounds in floating point; its levels are a uint8 grid"
             return Kind.EXACT, how, 0, Codes(float(grid[1]), zero, low + zero, high + zero, rounds)
@@ -168,17 +172,21 @@ def _weight(operand: Weight) -> _Result:
     decoded = operand.decoded
     step = quantizer.granularity.spread(grid[1], decoded)
     values = (decoded / step).round()
-    if values.abs().max() > 127 and (values.min() < -128 or values.max() > 127):
-        return Kind.FLOAT, f"{name} is stored decoded: its integers need more than 8 bits", 0, None
     if not torch.equal(values * step, decoded):
         return Kind.FLOAT, f"{name} is stored decoded: its values are not those of its codes", 0, None
     axis = quantizer.granularity.axes[0] % decoded.ndim if quantizer.granularity.axes else None
-    values, flat = values.to(torch.int8), step.reshape(-1)
+    values, flat = values.to(torch.int16), step.reshape(-1)
     low = grid[0].min(0).values
+    span = int((grid[0].max(0).values - low).max())
+    shift = -quantizer.granularity.spread(low, decoded).reshape(-1).to(torch.int32)
+    if int(values.min()) < -128 or int(values.max()) > 127:
+        if span <= 255 and int(shift.min()) >= 0 and int(shift.max()) <= 255:
+            return Kind.EXACT, "uint8 with zero-points", 0, Integers(values, flat, axis, 8, shift)
+        return Kind.FLOAT, f"{name} is stored decoded: its integers need more than 8 bits", 0, None
+    values = values.to(torch.int8)
     if int(values.min()) >= -8 and int(values.max()) <= 7:
         return Kind.EXACT, "int4 stored, int8 computed", 0, Integers(values, flat, axis, 4)
-    if int((grid[0].max(0).values - low).max()) <= 15:
-        shift = -quantizer.granularity.spread(low, decoded).reshape(-1).to(torch.int32)
+    if span <= 15:
         return Kind.EXACT, "uint4 stored, int8 computed", 0, Integers(values, flat, axis, 4, shift)
     return Kind.EXACT, "int8", 0, Integers(values, flat, axis, 8)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
@@ -18,6 +18,9 @@ from vitquant.trace import Site
 
 OPSET = 21
 """The first with four-bit integers."""
+
+TAP = 2.0
+"""What tapped tensors are multiplied by."""
 
 
 def trace(model: MarkedModel, image: Tensor) -> onnx.ModelProto:
@@ -69,25 +72,28 @@ def _place(node: torch.fx.Node, model: MarkedModel) -> str:
 
 
 def realise(
-    traced: onnx.ModelProto, lowered: Mapping[Site, Lowering], metadata: Mapping[str, str], taps: bool = False
+    traced: onnx.ModelProto,
+    lowered: Mapping[Site, Lowering],
+    metadata: Mapping[str, str],
+    taps: Callable[[str], bool] | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The graph for engines, and the outputs added for comparison: {name of a marker: name of its tensor}.
 
-    taps: add every activation (as uint8 codes where it has them) and every product's result to the outputs.
+    taps: which markers to add to the outputs: quantized activations, decoded, and results of products.
     """
     model = onnx.ModelProto()
     model.CopyFrom(traced)
     graph = _Graph(model.graph, {str(site): low.form for site, low in lowered.items()})
     found = graph.replace_markers()
-    if taps:
-        graph.add_outputs(list(found.values()))
+    if taps is not None:
+        found = graph.add_taps({site: name for site, name in found.items() if taps(site)})
     graph.drop_unused()
     opsets = [o for o in model.opset_import if o.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
     _strip(model)
     helper.set_model_props(model, dict(metadata))
-    if not taps:  # their shapes are left to the engine
+    if taps is None:  # their shapes are left to the engine
         onnx.checker.check_model(model)
     return model, found
 
@@ -99,7 +105,7 @@ class _Graph:
         self.graph, self.forms = graph, forms
         self.nodes: list[onnx.NodeProto] = []
         self.renamed: dict[str, str] = {}
-        self.quantized: dict[tuple[str, Codes], tuple[str, str]] = {}
+        self.quantized: dict[tuple[str, Codes], str] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.skipped: set[str] = set()
         for node in graph.node:
@@ -122,8 +128,7 @@ class _Graph:
             if isinstance(form, Integers):
                 self._weight(site, form, node.output[0])
             elif isinstance(form, Codes):
-                codes, result = self._activation(site, form, source)
-                self.renamed[node.output[0]], found[site] = result, codes
+                self.renamed[node.output[0]] = found[site] = self._activation(site, form, source)
             else:
                 self.renamed[node.output[0]] = found[site] = source
         del self.graph.node[:]
@@ -132,7 +137,7 @@ class _Graph:
             self._keep_output(output)
         return found
 
-    def _activation(self, site: str, form: Codes, source: str) -> tuple[str, str]:
+    def _activation(self, site: str, form: Codes, source: str) -> str:
         """Clip, quantize, dequantize; operands that are the same tensor on the same grid share the nodes."""
         if (source, form) in self.quantized:
             return self.quantized[source, form]
@@ -145,8 +150,8 @@ class _Graph:
             x = self._node("Clip", [x, low, high], f"{site}.clipped", site)
         self._node("QuantizeLinear", [x, step, zero], codes, site)
         self._node("DequantizeLinear", [codes, step, zero], result, site)
-        self.quantized[source, form] = codes, result
-        return codes, result
+        self.quantized[source, form] = result
+        return result
 
     def _weight(self, site: str, form: Integers, output: str) -> None:
         """Stored integers → int8 → dequantize. A transposition behind it moves into what is stored."""
@@ -160,25 +165,34 @@ class _Graph:
             self.renamed[output] = f"{site}.decoded"
         values, step = form.values.contiguous(), form.step
         name = f"{site}.codes"
-        if form.bits == 8:
+        zero: list[str] = []
+        if form.bits == 8 and form.shift is None:
             self._initializer(name, values, TensorProto.INT8)
+        elif form.bits == 8 and form.computed and form.shift is not None:
+            self._initializer(
+                name, values.int() + form.shift.reshape(_along(form.axis, values.ndim)), TensorProto.UINT8
+            )
+            zero = [f"{site}.zero"]
+            self._initializer(zero[0], form.shift.reshape(()) if form.axis is None else form.shift, TensorProto.UINT8)
         elif form.shift is None:
             self._initializer(name, values, TensorProto.INT4)
             name = self._node("Cast", [name], f"{site}.int8", site, to=TensorProto.INT8)
         else:
             shift = form.shift.reshape(_along(form.axis, values.ndim))
-            self._initializer(name, values.int() + shift, TensorProto.UINT4)
+            kind = TensorProto.UINT4 if form.bits == 4 else TensorProto.UINT8
+            self._initializer(name, values.int() + shift, kind)
             self._initializer(f"{site}.shift", shift, TensorProto.INT32)
             wide = self._node("Cast", [name], f"{site}.int32", site, to=TensorProto.INT32)
             wide = self._node("Sub", [wide, f"{site}.shift"], f"{site}.shifted", site)
-            name = self._node("Cast", [wide], f"{site}.int8", site, to=TensorProto.INT8)
+            fits = TensorProto.INT8 if form.bits == 4 else TensorProto.INT16
+            name = self._node("Cast", [wide], f"{site}.int8", site, to=fits)
         scalar = form.axis is None
         if not scalar and not form.computed:
             step = step.reshape(_along(form.axis, values.ndim))
         self._initializer(f"{site}.scale", step.reshape(()) if scalar else step, TensorProto.FLOAT)
         if form.computed:
             axis = {} if scalar else {"axis": form.axis}
-            self._node("DequantizeLinear", [name, f"{site}.scale"], f"{site}.decoded", site, **axis)
+            self._node("DequantizeLinear", [name, f"{site}.scale", *zero], f"{site}.decoded", site, **axis)
         else:  # no DequantizeLinear, which would invite the engine to quantize the other operand
             self._node("Cast", [name], f"{site}.float", site, to=TensorProto.FLOAT)
             self._node("Mul", [f"{site}.float", f"{site}.scale"], f"{site}.decoded", site)
@@ -203,13 +217,15 @@ class _Graph:
                 helper.make_node("Identity", [source], [output.name], name=f"{output.name}/Identity")
             )
 
-    def add_outputs(self, names: list[str]) -> None:
-        own = {o.name for o in self.graph.output}
-        codes = {codes for codes, _ in self.quantized.values()}
-        for name in dict.fromkeys(names):
-            if name not in own:
-                kind = TensorProto.UINT8 if name in codes else TensorProto.FLOAT
-                self.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    def add_taps(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Outputs that show inner tensors times TAP. A plain output would let engines compute in place over it
+        (OpenVINO does) or fold it away; a power of two loses nothing."""
+        self.graph.initializer.append(helper.make_tensor("tap.factor", TensorProto.FLOAT, [], [TAP]))
+        for name in dict.fromkeys(found.values()):
+            node = helper.make_node("Mul", [name, "tap.factor"], [f"{name}.tap"], name=f"{name}.tap")
+            self.graph.node.append(node)
+            self.graph.output.append(helper.make_tensor_value_info(f"{name}.tap", TensorProto.FLOAT, None))
+        return {site: f"{name}.tap" for site, name in found.items()}
 
     def drop_unused(self) -> None:
         """Initializers that nothing reads (the decoded weights), and shapes of tensors that are gone."""

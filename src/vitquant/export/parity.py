@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitquant.artifact import QuantizedModel
 from vitquant.artifact.model import Activation, Weight
-from vitquant.export.lower import Codes, Kind, Lowering, outputs_of, products, tap_of
+from vitquant.export.lower import Kind, Lowering, outputs_of, products, tap_of
 from vitquant.export.process import Process, Where
 from vitquant.trace import Interceptor, Site
 
@@ -90,7 +90,7 @@ def compare(
 ) -> tuple[Layer, ...]:
     """Every operand and product of an engine's run, each against the artifact's arithmetic on the same inputs.
 
-    tensors: what the engine had, by marker (codes where the lowering has codes). The artifact runs on `image`
+    tensors: what the engine had, by marker. The artifact runs on `image`
     beside it; after each comparison it goes on with the engine's tensor, so a rounding that falls the other way
     at a tie stays in its layer. An operand passes if it lies between those of inputs moved by the tolerance.
     """
@@ -99,8 +99,6 @@ def compare(
     def operand(site: Site, place: Activation, low: Lowering) -> Callable[[Tensor], Tensor]:
         def check(x: Tensor) -> Tensor:
             found = tensors[str(site)]
-            if isinstance(low.form, Codes):
-                found = (found.float() - low.form.zero) * low.form.step
             margin = TOLERANCE * x.abs().max()
             below, above = place(x - margin), place(x + margin)
             size = torch.maximum(below.abs().max(), above.abs().max())

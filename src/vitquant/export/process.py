@@ -27,7 +27,7 @@ class Process:
 
     def __init__(self, engine: str, model: Path, where: Where = nowhere, **options: Any) -> None:
         self.engine, self.model, self.where = engine, model, where
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
         # Not `-m`, which would import torch and this package first.
         start = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         arguments = [str(engine_file.__file__), engine, json.dumps(options), str(model)]
@@ -66,7 +66,7 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.communicate()
         self.errors.close()

@@ -23,7 +23,7 @@ class _Decode(nn.Module):
         super().__init__()
         self.quantizer, self.params = weight.quantizer, weight.params
         low, high = weight.quantizer.code_range
-        kind = torch.uint8 if 0 <= low and high <= 255 else torch.int8 if high <= 127 else torch.int16
+        kind = torch.uint8 if low >= 0 and high <= 255 else torch.int8 if high <= 127 else torch.int16
         self.register_buffer("codes", weight.codes.to(kind))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Two ways to hold the same integers: floating-point tensors, which are fast, and integer tensors, which are the proof.
+"""Two ways to hold the same integers: in floating-point tensors, which is fast, and in integer tensors.
 
-Both compute the same functions of integers. `Floats` may do so because every intermediate number is an integer, or one
-divided by a power of two, of at most 24 (float32) or 53 bits (float64), so nothing is ever rounded unasked.
+Both compute the same functions of integers. `Floats` may do so because every intermediate number is an integer, or
+one divided by a power of two, of at most 24 (float32) or 53 bits (float64), so nothing is ever rounded unasked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from vitquant.integer.softmax import exp_bits, exp_reach, ibert_exp, integer_exp
 from vitquant.integer.widths import fitting
 
 Function = Callable[..., Tensor]
+Exponentials = tuple[Tensor, Tensor]
+"""Integer exponentials and the sums of their rows."""
 QUOTIENT_BITS, QUOTIENT_FRACTION = 11, 8
 """Multiplier of 1/Σ for uniform probabilities, and fractional bits of 1/step in it."""
 
@@ -29,7 +31,9 @@ class Carrier(Protocol):
     def hold(self, x: Tensor, bound: int) -> Tensor:
         """Integers of magnitude at most `bound`, in any dtype, in this carrier's."""
 
-    def stage(self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None) -> Function:
+    def stage(
+        self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None
+    ) -> Function:
         """x → ⌊(x·multiplier + offset) / 2^shift⌋; x may be overwritten. bound: of the largest product; kept: of the
         largest one whose result is not clipped afterwards (a rounding beyond it is monotone and changes nothing)."""
 
@@ -42,7 +46,9 @@ class Carrier(Protocol):
     def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int) -> Function:
         """x → ⌊(x·weightᵀ + bias) / 2^shift⌋; shift: (), or (outputs,)."""
 
-    def conv(self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any) -> Function:
+    def conv(
+        self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any
+    ) -> Function:
         """x → ⌊(x * weight + bias) / 2^shift⌋ for the convolution `func` with these further arguments."""
 
     def matmul(self, shift: Tensor, bound: int) -> Function:
@@ -54,14 +60,16 @@ class Carrier(Protocol):
     def lookup(self, table: Tensor, bound: int) -> Function:
         """x → table[x + bound] for -bound <= x <= bound."""
 
-    def exponentials(self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool) -> Any:
+    def exponentials(
+        self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool
+    ) -> Callable[[Tensor], Exponentials]:
         """x → exp(scale·(x - max x)) as integers and their row sums. terms: in a row; limit: of max x - x; reach: the
         distance from which on nothing changes; bits: of the fraction, None for as many as the sum leaves room for."""
 
-    def logarithmic(self, exps: Tensor, sums: Tensor, top: int) -> Tensor:
+    def logarithmic(self, parts: Exponentials, top: int) -> Tensor:
         """2^(top - L) with L = `log_quotient`, 0 where L > top."""
 
-    def quotient(self, exps: Tensor, sums: Tensor, inverse_step: int, high: int) -> Tensor:
+    def quotient(self, parts: Exponentials, inverse_step: int, high: int) -> Tensor:
         """⌊E / Σ · inverse_step / 2^8⌉, at most `high`."""
 
 
@@ -73,7 +81,9 @@ class Floats:
     def hold(self, x: Tensor, bound: int) -> Tensor:
         return x.to(fitting(bound, self.dtypes))
 
-    def stage(self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None) -> Function:
+    def stage(
+        self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None
+    ) -> Function:
         dtype = fitting(bound if kept is None else kept, self.dtypes)
         factor, start = _scaled(multiplier, shift, dtype), _scaled(offset, shift, dtype)
         return lambda x: x.to(dtype).mul_(factor).add_(start).floor_()
@@ -93,7 +103,9 @@ class Floats:
         w, b = _scaled(weight, columns, dtype), _scaled(bias, shift, dtype)
         return lambda x: F.linear(x.to(dtype), w, b).floor_()
 
-    def conv(self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any) -> Function:
+    def conv(
+        self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any
+    ) -> Function:
         dtype = fitting(bound, self.dtypes)
         columns = shift.reshape(-1, *[1] * (weight.dim() - 1))
         w, b = _scaled(weight, columns, dtype), _scaled(bias, shift, dtype)
@@ -117,7 +129,9 @@ class Floats:
         values = table.float()
         return lambda x: values.index_select(0, x.to(torch.int32).add_(bound).flatten()).view(x.shape)
 
-    def exponentials(self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool) -> Any:
+    def exponentials(
+        self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool
+    ) -> Callable[[Tensor], Exponentials]:
         table = _exp(torch.arange(-reach, 1), scale, terms, bits, faithful)
         values = table.to(fitting(terms * int(table.max()), self.dtypes, "the sum of a softmax"))
 
@@ -130,7 +144,8 @@ class Floats:
 
         return run
 
-    def logarithmic(self, exps: Tensor, sums: Tensor, top: int) -> Tensor:
+    def logarithmic(self, parts: Exponentials, top: int) -> Tensor:
+        exps, sums = parts
         # t as a floating-point number is m·2^L: half a unit added to m carries into the exponent from 1.5 on, and
         # the exponent's bits alone are a power of two. Division by E = 0 gives infinity, whose inverse is 0.
         t = torch.div(sums, exps, out=exps).add_(0.5).floor_()
@@ -139,7 +154,8 @@ class Floats:
         t.view(kind).add_(1 << (mantissa - 1)).bitwise_and_(exponent)
         return t.reciprocal_().mul_(2.0**top).floor_().float()
 
-    def quotient(self, exps: Tensor, sums: Tensor, inverse_step: int, high: int) -> Tensor:
+    def quotient(self, parts: Exponentials, inverse_step: int, high: int) -> Tensor:
+        exps, sums = parts
         multiplier, shift = reciprocal(inverse_step, sums.long(), QUOTIENT_BITS)
         factor = _scaled(multiplier, shift + QUOTIENT_FRACTION, exps.dtype)
         return exps.mul_(factor).add_(0.5).floor_().clamp_(max=high)
@@ -153,7 +169,9 @@ class Integers:
     def hold(self, x: Tensor, bound: int) -> Tensor:
         return x.to(fitting(bound, self.dtypes))
 
-    def stage(self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None) -> Function:
+    def stage(
+        self, multiplier: Tensor, offset: Tensor, shift: Tensor, bound: int, kept: int | None = None
+    ) -> Function:
         dtype = fitting(bound, self.dtypes)
         factor, start, shift = multiplier.to(dtype), offset.to(dtype), shift.to(dtype)
         return lambda x: ((x.to(dtype) * factor + start) >> shift).to(torch.int32)
@@ -171,7 +189,9 @@ class Integers:
         w, b, shift = weight.to(dtype).T, bias.to(dtype), shift.to(dtype)
         return lambda x: (torch.matmul(x.to(dtype), w) + b) >> shift
 
-    def conv(self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any) -> Function:
+    def conv(
+        self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any
+    ) -> Function:
         run = self.linear(weight.flatten(1), bias, shift, bound)
         stride, padding = _plain_conv(weight, settings)
 
@@ -198,7 +218,9 @@ class Integers:
         values = table.int()
         return lambda x: values[x.long() + bound]
 
-    def exponentials(self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool) -> Any:
+    def exponentials(
+        self, scale: float, terms: int, limit: int, reach: int, bits: int | None, faithful: bool
+    ) -> Callable[[Tensor], Exponentials]:
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
             distance = (x - x.amax(-1, keepdim=True)).long().clamp(min=-reach)
             exps = _exp(distance, scale, terms, bits, faithful)
@@ -207,11 +229,13 @@ class Integers:
         fitting(terms * int(_exp(torch.zeros((), dtype=torch.long), scale, terms, bits, faithful)), self.dtypes)
         return run
 
-    def logarithmic(self, exps: Tensor, sums: Tensor, top: int) -> Tensor:
+    def logarithmic(self, parts: Exponentials, top: int) -> Tensor:
+        exps, sums = parts
         level = log_quotient(exps, sums)
         return torch.where(level > top, 0, 1 << (top - level).clamp(min=0)).to(fitting(2**top, self.dtypes))
 
-    def quotient(self, exps: Tensor, sums: Tensor, inverse_step: int, high: int) -> Tensor:
+    def quotient(self, parts: Exponentials, inverse_step: int, high: int) -> Tensor:
+        exps, sums = parts
         multiplier, shift = reciprocal(inverse_step, sums, QUOTIENT_BITS)
         shift = shift + QUOTIENT_FRACTION
         return ((exps * multiplier + half(shift)) >> shift).clamp(max=high).int()
@@ -223,7 +247,7 @@ def _scaled(x: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exp(distance: Tensor, scale: float, terms: int, bits: int | None, faithful: bool) -> Tensor:
-    """The integer exponential of distances <= 0; bits: of its fraction, None for as many as `terms` leave room for."""
+    """The integer exponential of distances <= 0; bits: of its fraction, None for all that `terms` leave room for."""
     if faithful:
         return ibert_exp(distance, scale)
     return integer_exp(distance, scale, exp_bits(terms) if bits is None else min(bits, exp_bits(terms)))

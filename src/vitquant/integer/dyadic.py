@@ -48,7 +48,7 @@ def isqrt(x: Tensor) -> Tensor:
     """⌊√x⌋ of integers 0 <= x < 2^62: Newton's iteration on integers, from above."""
     root = 1 << ((floor_log2(x.clamp(min=1)) >> 1) + 1)
     for _ in range(6):  # the start is off by less than a factor of 2: each step doubles the correct bits
-        root = torch.minimum(root, (root + x // root) >> 1)
+        root = torch.minimum(root, (root + x // root.clamp(min=1)) >> 1)
     return root
 
 

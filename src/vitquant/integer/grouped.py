@@ -2,7 +2,8 @@
 
 Both functions take integer codes and give what the fake-quantized product gives, up to rounding of the last sum.
 Integers are int32 tensors; a sum of n products of b-bit codes needs 2·b + log2(n) bits, so 32 are enough for 8-bit
-codes and up to 32768 channels; zero-points may be large, so their corrections are int64. Memory of `grouped_linear`: G times the output's.
+codes and up to 32768 channels; zero-points may be large, so their corrections are int64. `grouped_linear` takes G
+times the memory of its output.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def grouped_linear(
 
         y[b,n,o] = s_w[o] · Σ_g s_g · A_g[b,n,o] + bias[o],   A_g = Σ_{c in C_g} (q[b,n,c] - z_g) (w[o,c] - z_w[o])
 
-    A_g is an integer: the codes' product less the corrections for both zero-points. z_g · Σ_{c in C_g} (w - z_w) cannot
-    be prepared in advance, since C_g depends on the instance; it is a product of 0/1 memberships with the weight.
+    A_g is an integer: the codes' product less the corrections for both zero-points. z_g · Σ_{c in C_g} (w - z_w)
+    cannot be prepared in advance, since C_g depends on the instance: a product of 0/1 memberships with the weight.
 
     codes: (batch, ..., in), of the activation. index: every channel's grid, as `InstanceGroups.assign` gives it.
     bank: (G,) each. weight: codes (out, in). grid: scale and zero of the weight, (out,) each. All groups run as

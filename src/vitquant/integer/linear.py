@@ -122,7 +122,7 @@ class IntegerModel(nn.Module):
 def _covered(call: CallKey, x: Codes, w: Integers, channels: int) -> bool:
     """Integers on both sides, the weight's scales on the product's outer axis; a convolution of one group."""
     plain = call.op == "linear" or (call.op == "conv" and w.values.ndim == 4 and w.values.shape[1] == channels)
-    return plain and x.rounds and w.computed and w.axis == 0
+    return plain and x.rounds and w.computed and w.axis == 0 and w.values.dtype == torch.int8
 
 
 class _Run(Interceptor):

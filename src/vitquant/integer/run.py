@@ -1,4 +1,4 @@
-"""Run an unmodified model on integers: every tensor carries integers on a grid, every operation maps them to others."""
+"""Run an unmodified model on integers: every tensor holds integers on a grid, every operation maps them to others."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Operand(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """What a tensor of integers v stands for: v · scale. bound: the largest |v| there can be; row_sum: the largest sum
-    of |v| over the last axis, where more is known of it than bound · size."""
+    """What a tensor of integers v stands for: v · scale. bound: the largest |v| there can be; row_sum: the largest
+    sum of |v| over the last axis, where more is known of it than bound · size."""
 
     scale: float
     bound: int
@@ -115,9 +115,10 @@ class IntegerRun(Interceptor):
 
     operands: the format, parameters and (for constants) codes of every site. Each tensor carries v = code - zero,
     shifted left by alpha on a power-of-two grid; scales are known outside the tensors. What a call needs (integer
-    weights, biases on the accumulator's scale, multipliers, shifts, tables) is worked out on its first run and kept in
-    `compiled`, with the accumulator's width. outputs: if given, the integers that every call returned are put there.
-    Raises PlanError for an operation that cannot be done on integers, AccumulatorOverflow where the bits do not suffice.
+    weights, biases on the accumulator's scale, multipliers, shifts, tables) is worked out on its first run and kept
+    in `compiled`, with the accumulator's width. outputs: if given, the integers that every call returned are put
+    there. Raises PlanError for an operation that cannot be done on integers, AccumulatorOverflow for one that needs
+    more bits than there are.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class IntegerRun(Interceptor):
         return None if value is None else value.detach()
 
     def _enter(self, site: Site, x: Tensor) -> Tensor:
-        """x on the grid of the site that it arrives at: encoded if it is the image, rounded if it has another step."""
+        """x on the grid of the site that it arrives at: encoded if it is the image, rounded if its step differs."""
         grid, operand = grid_of(x), self.operands.get(site)
         if grid is None:
             target, known = Target.of(self._operand(site), site), self._operand(site)
@@ -345,18 +346,19 @@ class IntegerRun(Interceptor):
             grid, operand, terms = grid_of(x), self._operand(Site(key, "output")), x.shape[-1]
             assert grid is not None
             quantizer, carrier = operand.quantizer, self.carrier
-            reach = reach_of(grid.scale, terms, self.faithful)
             logarithmic = isinstance(quantizer, Log) and quantizer.steps == 1
+            faithful = self.faithful and logarithmic  # the released code has a float softmax for uniform codes
+            reach = reach_of(grid.scale, terms, faithful)
             bits = None if logarithmic else 12
-            exponentials = carrier.exponentials(grid.scale, terms, 2 * grid.bound, reach, bits, self.faithful)
+            exponentials = carrier.exponentials(grid.scale, terms, 2 * grid.bound, reach, bits, faithful)
             if logarithmic:
                 top = quantizer.levels - 2
                 out = Grid(2.0**-top, 2**top, 3 * 2**top // 2)
-                return Compiled(lambda x: carrier.logarithmic(*exponentials(x), top), out, 24)
+                return Compiled(lambda x: carrier.logarithmic(exponentials(x), top), out, 24)
             target = self._target(key)
             inverse = round(2**QUOTIENT_FRACTION / target.scale)
             out = replace(target.grid, row_sum=round(1.01 / target.scale) + terms)
-            return Compiled(lambda x: carrier.quotient(*exponentials(x), inverse, target.high), out, 24)
+            return Compiled(lambda x: carrier.quotient(exponentials(x), inverse, target.high), out, 24)
 
         return self._run(self._once((key, x.shape[-1]), x.device, build), x)
 

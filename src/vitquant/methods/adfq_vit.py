@@ -35,11 +35,12 @@ from vitquant.trace.units import Unit
 Form = Literal["intended", "as-released"]
 PRODUCT_OPERANDS = (Role.QUERY, Role.KEY, Role.VALUE, Role.PROBS)
 TEMPERATURE = 4.0
+_W4A4 = Bits(4, 4)
 TINY = 1e-12
 
 
 def adfq_vit(
-    bits: Bits,
+    bits: Bits = _W4A4,
     *,
     optimise: bool = True,
     form: Form = "intended",
@@ -50,6 +51,7 @@ def adfq_vit(
     runtime_minimum: bool = False,
     extra_level: bool = False,
     image_bits: int = 8,
+    strength: float = 0.01,
     iterations: int = 3000,
     batch: int = 32,
     attention: float | None = None,
@@ -59,7 +61,9 @@ def adfq_vit(
     checkpoint: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> Recipe:
-    """optimise: run the module-wise optimisation; without it the method is calibration only.
+    """Per-patch grids with exact outliers after norms, shift-log2 after GELU, module-wise optimisation.
+
+    optimise: run the module-wise optimisation; without it the method is calibration only.
 
     form: "intended" has straight-through and learned-step gradients everywhere and the Kullback-Leibler divergence
     of attention scores over keys, from the floating-point scores; "as-released" stops gradients where the released
@@ -67,19 +71,18 @@ def adfq_vit(
     kept exactly; budget: the fraction of them to allow instead. dynamic: token ranges found at run time, for
     inputs whose number of tokens changes. log_steps: 1 for log2, 2 for log√2. runtime_minimum, extra_level,
     image_bits (of the released code: those of the activations): the released code's choices as switches.
-    attention: weight of the attention-score term. iterations, batch, rates, mix, checkpoint, cache: see `Reconstruct`.
+    attention: weight of the attention-score term. strength: of the rounding penalty. iterations, batch, rates, mix, checkpoint, cache: see
+    `Reconstruct`.
     """
     if form not in ("intended", "as-released"):
         raise UsageError(f"form '{form}' is neither 'intended' nor 'as-released'")
     search, product = Percentile(), Rule(Uniform(bits.activation), ScaleZero())
     outlier = OutlierAware(bits.activation, PER_TENSOR if dynamic else PER_TOKEN, threshold, dynamic)
-    shifted = ShiftLog(
-        bits.activation, steps=log_steps, extra_zero=extra_level, runtime_minimum=runtime_minimum
-    )
+    shifted = ShiftLog(bits.activation, steps=log_steps, extra_zero=extra_level, runtime_minimum=runtime_minimum)
     reconstruct = Reconstruct(
         objective=AttentionScore(form, attention),
         trainables=(
-            AdaRound(rounding_rate),
+            AdaRound(rounding_rate, strength=strength),
             LearnedStep(step_rate, roles=tuple(r for r in ACTIVATION_ROLES if r not in PRODUCT_OPERANDS)),
         ),
         iterations=iterations,
@@ -94,6 +97,7 @@ def adfq_vit(
         name="adfq-vit",
         source="arXiv:2407.02763",
         bits=str(bits),
+        cost="a sparse product for the outliers, counted in bits and BOPs; one scale for each token; shifts",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, Rule(Uniform(bits.activation, include_zero=False), search)),
             Role.IMAGE: Rule(Uniform(image_bits, include_zero=False), search),

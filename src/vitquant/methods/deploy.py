@@ -1,45 +1,44 @@
 """Methods for integer engines: every operation that is quantized has a fast kernel there.
 
-Own. Activations on one asymmetric unsigned 8-bit grid for each tensor, weights on one signed symmetric grid for
-each output channel, both at the inputs of linears and convolutions only: what x86 engines multiply fastest. What
-else a Vision Transformer does stays in floating point: at its sizes the conversions around an integer attention
-product cost what the product saves.
+Own. Activations on one asymmetric unsigned 8-bit grid for each tensor, ranges by percentiles; weights on one signed
+symmetric grid for each output channel, ranges by squared error; both at the inputs of linears and convolutions only.
+That is what x86 engines multiply fastest. Attention products stay in floating point unless `attention` says so.
 """
 
 from __future__ import annotations
 
-from vitquant.calibrate import MinMax, MseGrid, Percentile, Search
-from vitquant.numerics import PER_CHANNEL, PER_OUTPUT, Uniform
-from vitquant.passes import Fit, ScaleReparam
+from vitquant.calibrate import MseGrid, Percentile
+from vitquant.numerics import PER_OUTPUT, Uniform
+from vitquant.passes import Fit
 from vitquant.passes.compensate import Compensate
 from vitquant.recipe import FLOAT, Bits, Pass, Recipe, Rule
 from vitquant.trace import ACTIVATION_ROLES, Role
 
+_W8A8, _W4A8 = Bits(8, 8), Bits(4, 8)
 ATTENTION = (Role.QUERY, Role.KEY, Role.PROBS, Role.VALUE)
 
 
-def deploy_int8(bits: Bits = Bits(8, 8), *, attention: bool = False, reparam: bool = False, act: int = 0) -> Recipe:
-    return _deploy("deploy-int8", bits, attention, reparam, act, ())
+def deploy_int8(bits: Bits = _W8A8, *, attention: bool = False) -> Recipe:
+    """8-bit weights and activations for integer engines."""
+    return _deploy("deploy-int8", bits, attention, ())
 
 
-def deploy_w4a8(bits: Bits = Bits(4, 8), *, attention: bool = False, reparam: bool = False, act: int = 0, comp: bool = True, patch: int = 8, head: int = 4, damping: float = 0.01) -> Recipe:
-    return _deploy("deploy-w4a8", bits, attention, reparam, act, (Compensate(damping),) if comp else (), patch, head)
+def deploy_w4a8(bits: Bits = _W4A8, *, attention: bool = False) -> Recipe:
+    """The same with 4-bit weights, which are stored in 4 bits and multiplied as 8; rounding is compensated."""
+    return _deploy("deploy-w4a8", bits, attention, (Compensate(most_bits=bits.weight),))
 
 
-def _deploy(name: str, bits: Bits, attention: bool, reparam: bool, act: int, passes: tuple[Pass, ...], patch: int = 8, head: int = 8) -> Recipe:
-    search: Search = (MinMax(), Percentile(), Percentile((0.9999, 0.99999, 1.0)), MseGrid())[act]
-    activation = Rule(Uniform(bits.activation), search)
-    weight = Rule(Uniform(bits.weight, PER_OUTPUT, symmetric=True), MseGrid())
-    post_norm = Rule(Uniform(bits.activation, PER_CHANNEL), search) if reparam else activation
+def _deploy(name: str, bits: Bits, attention: bool, passes: tuple[Pass, ...]) -> Recipe:
+    activation = Rule(Uniform(bits.activation), Percentile())
     return Recipe(
         name=name,
         bits=str(bits),
+        cost="none: one scale and zero-point for each tensor",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, activation),
             **dict.fromkeys(ATTENTION, activation if attention else FLOAT),
-            Role.POST_NORM: post_norm,
-            Role.WEIGHT: weight,
+            Role.IMAGE: Rule(Uniform(8), Percentile()),
+            Role.WEIGHT: Rule(Uniform(bits.weight, PER_OUTPUT, symmetric=True), MseGrid()),
         },
-        overrides=(("patch_embed*.weight", Rule(Uniform(patch, PER_OUTPUT, symmetric=True), MseGrid())),("head*.weight", Rule(Uniform(head, PER_OUTPUT, symmetric=True), MseGrid())),),
-        passes=(*((Fit(), ScaleReparam(), Fit()) if reparam else (Fit(),)), *passes),
+        passes=(Fit(), *passes),
     )

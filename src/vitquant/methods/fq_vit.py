@@ -1,16 +1,18 @@
 """FQ-ViT: Post-Training Quantization for Fully Quantized Vision Transformer.
 
-IJCAI 2022, arXiv:2111.13824. Every tensor is quantized and every operation is done on integers: power-of-two factors on
-the residual stream (section 3.2), integer LayerNorm with dyadic multipliers, Log-Int-Softmax (section 3.3), and, where
-the released code simulates, dyadic rounding between all grids, so that the model can be run on integer tensors.
+IJCAI 2022, arXiv:2111.13824. Every tensor is quantized and every operation is done on integers: power-of-two
+factors on the residual stream (section 3.2), integer LayerNorm with dyadic multipliers, Log-Int-Softmax (section
+3.3), and, where the released code simulates, dyadic rounding between all grids, so that the model runs on integer
+tensors.
 
 Differs from the released code: exponents are chosen on a sample of all calibration images, not on the last batch;
-statistics are those of the floating-point model throughout (there, the softmax is already quantized in the last batch);
-ranges are widened to hold 0; log2 codes have 2^b levels, zero included; the exponential has base 2 exactly and as many
-fractional bits as its sum leaves room for; LayerNorm has its epsilon; multipliers are rounded, with 11 bits; 8-bit
-attention probabilities come from the same integer exponential, not from a softmax in floating point; biases are
-integers on their accumulator's scale; GELU is a table. `faithful=True` brings back the released exponential with its 30
-fractional bits, the 8-bit multipliers rounded down, LayerNorm without epsilon, and the 2^b + 1 levels.
+statistics are those of the floating-point model throughout (there, the softmax is already quantized in the last
+batch); ranges are widened to hold 0; log2 codes have 2^b levels, zero included; the exponential has base 2 exactly
+and as many fractional bits as its sum leaves room for; LayerNorm has its epsilon, and a multiplier per token and one
+per channel in place of one for each pair; multipliers are rounded, with 11 bits; 8-bit attention probabilities come
+from the same integer exponential, not from a softmax in floating point; biases are integers on their accumulator's
+scale; GELU is a table. `faithful=True` brings back the released exponential with its 30 fractional bits, the 8-bit
+multipliers rounded down, LayerNorm without epsilon, and the 2^b + 1 levels.
 """
 
 from __future__ import annotations

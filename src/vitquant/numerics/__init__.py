@@ -19,7 +19,9 @@ from vitquant.numerics.power_of_two import PowerOfTwo, PowerOfTwoScale
 from vitquant.numerics.quantizer import Affine, Params, Quantizer, round_ste
 from vitquant.numerics.uniform import Uniform
 
-FORMATS: Mapping[str, type[Quantizer]] = {c.__name__: c for c in (Uniform, Log, ShiftLog, OutlierAware, InstanceGroups, PowerOfTwo)}
+FORMATS: Mapping[str, type[Quantizer]] = {
+    c.__name__: c for c in (Uniform, Log, ShiftLog, OutlierAware, InstanceGroups, PowerOfTwo)
+}
 """Every number format by the name that a saved model calls it."""
 
 __all__ = [

@@ -52,7 +52,10 @@ def straight_through(quantizer: Quantizer, x: Tensor, p: Params) -> Tensor:
         y = quantizer.fake_quantize(x, p)
     p = quantizer.resolve(x.detach(), p)
     ends = [quantizer.decode_resolved(p.scale.new_tensor(float(code)), p) for code in quantizer.code_range]
-    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    rising = bool(
+        ends[0].flatten()[0] <= ends[1].flatten()[0]
+    )  # a logarithmic grid's first code is its largest level
+    low, high = ends if rising else reversed(ends)
     return _StraightThrough.apply(x, y, low, high, p.scale)
 
 

@@ -40,10 +40,10 @@ class InstanceGroups(Quantizer):
     The bank is fixed after calibration, only π depends on x. (IGQ-ViT, arXiv:2404.00928, sections 3.2 and 3.3; the
     distance is reconstructed, see docs/methods/igq-vit.md.)
 
-    granularity: the axes that index the units of an instance; PER_CHANNEL for inputs of linears (batch, ..., channels),
-    PER_ROW for attention probabilities (batch, heads, rows, keys). span: how many consecutive indices of axis 0 make
-    one instance (windows that belong to one image); axis 0 must be a multiple of it. from_zero: x is never negative
-    and every range starts at 0, so only maxima are compared. include_zero: as in `Uniform`.
+    granularity: the axes that index the units of an instance; PER_CHANNEL for inputs of linears (batch, ...,
+    channels), PER_ROW for attention probabilities (batch, heads, rows, keys). span: how many consecutive indices of
+    axis 0 make one instance (windows that belong to one image); axis 0 must be a multiple of it. from_zero: x is
+    never negative and every range starts at 0, so only maxima are compared. include_zero: as in `Uniform`.
 
     Units of the tensor; ties go to the first grid. With one group nothing is computed at run time: a static grid.
     Raises UsageError for less than one group or an axis 0 that does not divide into instances, NonFinite in `fit`.
@@ -103,6 +103,11 @@ class InstanceGroups(Quantizer):
 
     def decode_resolved(self, codes: Tensor, p: Affine) -> Tensor:
         return self.grid.decode_resolved(codes, p)
+
+    def round_trip_(self, x: Tensor, p: Affine) -> Tensor:
+        if self.from_zero:  # then every zero-point is 0
+            return x.div_(p.scale).round_().clamp_(0, self.levels - 1).mul_(p.scale)
+        return self.grid.round_trip_(x, p)
 
     def extra_bops(self, shape: tuple[int, ...], macs: int = 0) -> int:
         """Ranges, assignment, and the floating-point sum of the groups' products, if units lie along its inner axis.

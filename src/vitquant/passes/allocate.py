@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from scipy.optimize import milp
 from torch import Tensor
 
-from vitquant.artifact.ledger import Ledger
 from vitquant.calibrate import Bench
 from vitquant.errors import UsageError
 from vitquant.numerics import InstanceGroups, Params
 from vitquant.passes.fit import search
+from vitquant.recipe.ledger import Ledger
 from vitquant.recipe.state import Rule, State
 from vitquant.trace import Site
 from vitquant.trace.intercept import tensors_in

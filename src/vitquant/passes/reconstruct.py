@@ -22,7 +22,7 @@ from torch import Tensor
 from vitquant.calibrate import Bench
 from vitquant.errors import ArtifactError, NonFinite, UsageError
 from vitquant.numerics.gradient import stopped, straight_through
-from vitquant.passes.learn import AdaRound, FakeQuantize, Learner, LearnedStep, Trainable
+from vitquant.passes.learn import AdaRound, FakeQuantize, LearnedStep, Learner, Trainable
 from vitquant.passes.record import Record, record, watching
 from vitquant.recipe.state import State
 from vitquant.trace import Interceptor, Site, Trace, Transform
@@ -154,13 +154,15 @@ class Reconstruct:
         learners, groups = self._learners(unit, state, fake_quantize)
         random = torch.Generator(bench.images.first().device).manual_seed(bench.seed * 1_000_003 + number)
         fixed = _inside(unit, state, fake_quantize)
-        transforms = {**fixed, **learners}
+        transforms: dict[Site, Transform] = {**fixed, **learners}
         if self.drop:
             transforms |= {s: _dropping(transforms[s], self.drop, random) for s in _activations(unit, state)}
         seen: dict[Site, Tensor] = {}
         watched = watching(transforms, seen, loss.sites)
         module = bench.model.get_submodule(unit.scope)
-        optimiser = torch.optim.Adam([{"params": tensors, "lr": how.rate} for how, tensors in groups]) if groups else None
+        optimiser = (
+            torch.optim.Adam([{"params": tensors, "lr": how.rate} for how, tensors in groups]) if groups else None
+        )
         for step in range(self.iterations if optimiser else 0):
             images = torch.randperm(whole.images, generator=random, device=random.device)[: self.batch]
             args, kwargs = whole.arguments(self._inputs(images, whole, prefix, random))
@@ -181,9 +183,9 @@ class Reconstruct:
     ) -> tuple[dict[Site, Learner], list[tuple[Trainable, list[Tensor]]]]:
         """A learner for every site of the unit that some trainable takes (the first does), grouped by trainable."""
         learners: dict[Site, Learner] = {}
-        groups = []
+        groups: list[tuple[Trainable, list[Tensor]]] = []
         for how in self.trainables:
-            mine = {}
+            mine: dict[Site, Learner] = {}
             for site in state.params:
                 if unit.owns(site) and site not in learners:
                     learner = how.start(site, state, fake_quantize)
@@ -206,9 +208,7 @@ class Reconstruct:
         return mixed
 
 
-def _step(
-    optimiser: Any, groups: Sequence[tuple[Trainable, list[Tensor]]], loss: Tensor, progress: float
-) -> None:
+def _step(optimiser: Any, groups: Sequence[tuple[Trainable, list[Tensor]]], loss: Tensor, progress: float) -> None:
     """One step of Adam; gradients of the trained tensors alone are computed."""
     tensors = [t for _, own in groups for t in own]
     for tensor, grad in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
@@ -230,9 +230,7 @@ def _inside(unit: Unit, state: State, fake_quantize: FakeQuantize) -> dict[Site,
         rewrites={s: x for s, x in state.rewrites.items() if unit.holds(s)},
         codes={s: x for s, x in state.codes.items() if unit.holds(s)},
     )
-    activations = {
-        s: _quantizing(fake_quantize, state, s) for s in held.params if state.constant(s) is None
-    }
+    activations = {s: _quantizing(fake_quantize, state, s) for s in held.params if state.constant(s) is None}
     with torch.no_grad():
         return {**held.transforms(), **activations}
 

@@ -29,7 +29,8 @@ class Tape:
     @staticmethod
     def record(model: nn.Module, images: Tensor) -> Tape:
         """Run the model once, untransformed."""
-        with torch.no_grad(), _Recording(model) as mode:
+        mode = _Recording(model)
+        with torch.no_grad(), mode:
             output = model(images)
         return Tape(model, images, mode.unmodified(), output)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from vitquant.recipe import State
+from vitquant.recipe.state import State
 from vitquant.trace import CONTRACTION_ROLES, Role
 
 FLOAT_BITS = 32
