@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import timm
 import torch
+from torch import nn
 
 import vitquant
+from vitquant import models
+from vitquant.artifact import Provenance
 from vitquant.benchmark import Missing, Row, Table, Timing, benchmark
+from vitquant.benchmark.contenders import prepare
+from vitquant.digits import DigitsImages
 
 
 def test_a_difference_inside_the_spread_is_not_called_one() -> None:
@@ -25,15 +29,23 @@ def test_a_difference_inside_the_spread_is_not_called_one() -> None:
     assert "= 0.9" in text and "not measured: x: not installed" in text
 
 
+def test_what_cannot_be_prepared_is_named_with_its_reason(tmp_path: Path) -> None:
+    """A model of the user's own runs in this process and on the engines, but no other process can build it."""
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(48, 8)).eval(), torch.randn(4, 3, 4, 4)
+    small = vitquant.quantize(model, images, "deploy-int8", "w8a8")
+    found = {c.name: c for c in prepare(small, model, images, tmp_path, peers=False)}
+    assert isinstance(found["PyTorch FP32"], Missing) and "another process" in found["PyTorch FP32"].reason
+    assert not isinstance(found["ours, ONNX Runtime"], Missing)
+
+
 def test_every_contender_is_measured_or_named(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=10
-    ).eval()
-    images = torch.randn(4, 3, 32, 32)
-    small = vitquant.quantize(model, images, method="deploy-int8", bits="w8a8")
-    labels = model(images).argmax(1)
-    table = benchmark(small, model, images, labels, batches=(1, 2), threads=1, repeats=2, peers=False)
+    loaded = models.load(models.parse("digits"))
+    batches = DigitsImages("val").sample(8, 0).batches(8)
+    images, labels = next(batches)
+    provenance = Provenance(method={}, model=loaded.source.to_json(), preprocessing=loaded.preprocessing)
+    small = vitquant.quantize(loaded.model, images, "deploy-int8", "w8a8", provenance=provenance)
+    assert labels is not None
+    table = benchmark(small, loaded.model, images, labels, batches=(1, 2), threads=1, repeats=2, peers=False)
     names = {r.name for r in table.rows} | {m.name for m in table.missing}
     assert {
         "PyTorch FP32",
@@ -44,7 +56,7 @@ def test_every_contender_is_measured_or_named(tmp_path: Path) -> None:
     } <= names
     assert all(m.reason for m in table.missing)
     rows = {r.name: r for r in table.rows}
-    assert rows["ONNX Runtime FP32"].top1 == 100.0
+    assert rows["ONNX Runtime FP32"].top1 >= 87.5 and rows["PyTorch FP32"].bytes > 400_000
     assert all(r.memory > 0 and r.timings[2].median > 0 for r in table.rows)
     saved = json.loads(table.save(tmp_path / "table.json").read_text())
     assert len(saved["rows"]) == len(table.rows) and len(saved["missing"]) == len(table.missing)

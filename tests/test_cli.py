@@ -79,6 +79,14 @@ def test_the_same_seed_gives_the_same_bytes(artifact: Path, tmp_path: Path) -> N
     assert (artifact / "config.json").read_bytes() == (tmp_path / "same" / "config.json").read_bytes()
 
 
+def test_export_certifies(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ("--output", tmp_path / "onnx", "--images", 64, "--json", tmp_path / "e.json")
+    assert run("export", artifact, "--format", "onnx", *words) == 0
+    assert "exact" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text())
+    assert run("export", artifact, "--format", "tensorflow", "--output", tmp_path / "tf") == 2
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture) -> None:
     assert run("quantize", "--help") == 0
     assert "vitquant quantize deit_tiny_patch16_224 --checkpoint" in " ".join(capsys.readouterr().out.split())
@@ -142,9 +150,7 @@ def test_unreadable_images_are_named_and_counted(
     assert "1 of 5" in said and "broken.jpg" in said
 
 
-def test_nan_is_named_by_its_site(
-    folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_nan_is_named_by_its_site(folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from safetensors.torch import load_file
 
     state = load_file(weights)
@@ -153,7 +159,9 @@ def test_nan_is_named_by_its_site(
     (tmp_path / "data").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "data" / "a.png")
     model = ("quantize", "deit_tiny_patch16_224", "--checkpoint", tmp_path / "w.safetensors")
-    assert run(*model, "--data", tmp_path / "data", "--images", 1, "--method", "minmax", "--output", tmp_path / "o") == 2
+    assert (
+        run(*model, "--data", tmp_path / "data", "--images", 1, "--method", "minmax", "--output", tmp_path / "o") == 2
+    )
     assert "blocks.3.mlp.fc2:linear0.input" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

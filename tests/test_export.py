@@ -267,7 +267,7 @@ def test_eight_bit_asymmetric_weights_stay_integers(tmp_path: Path) -> None:
 
 
 def test_integer_products_sum_exactly_what_the_simulation_means() -> None:
-    from vitquant.integer.linear import IntegerModel
+    from vitquant.export.runtime import IntegerModel
 
     model = quantized(vit())
     fast = IntegerModel(model)

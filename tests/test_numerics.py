@@ -42,7 +42,9 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5)), 2 * draw(st.integers(1, 4)))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
     x = x * 10.0 ** draw(st.integers(-30, 30)) + draw(st.sampled_from([0.0, 1.0, -50.0]))
-    kind = draw(st.sampled_from(["plain", "constant", "zero", "denormal", "one constant channel", "one zero channel"]))
+    kind = draw(
+        st.sampled_from(["plain", "constant", "zero", "denormal", "one constant channel", "one zero channel"])
+    )
     if kind == "constant":
         x = torch.full(shape, draw(st.sampled_from([-3.5, 7.25, 1e-20])))
     elif kind == "zero":
@@ -147,7 +149,9 @@ def test_uniform_worked_values() -> None:
 def test_symmetric_full_range_divides_by_half_the_levels() -> None:
     p = Uniform(8, symmetric=True, full_range=True).fit(torch.tensor([-1.0]), torch.tensor([1.0]))
     assert p.scale.item() == pytest.approx(1 / 127.5)
-    assert Uniform(8, symmetric=True).fit(torch.tensor([-1.0]), torch.tensor([0.5])).scale.item() == pytest.approx(1 / 127)
+    assert Uniform(8, symmetric=True).fit(torch.tensor([-1.0]), torch.tensor([0.5])).scale.item() == pytest.approx(
+        1 / 127
+    )
 
 
 def test_log_worked_values() -> None:

@@ -218,7 +218,7 @@ def test_damaged_artifacts_are_refused(tiny: tuple, tmp_path: Path) -> None:
     tensors, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:200])
-    with pytest.raises(ArtifactError, match="model.safetensors: cannot be read"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: cannot be read"):
         vitquant.load(tmp_path, model=Tiny())
     flipped = bytearray(whole)
     flipped[-1] ^= 1

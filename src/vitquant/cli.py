@@ -19,7 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vitquant
+from vitquant import benchmark as benchmarking
 from vitquant import evaluate as metrics
+from vitquant import export as exporting
 from vitquant import models
 from vitquant.artifact import Provenance, QuantizedModel, read_config
 from vitquant.digits import DigitsImages
@@ -127,6 +129,80 @@ def evaluate(
         report = _evaluate_model(model, checkpoint, data, limit, seed, device, batch)
     _show(f"evaluation of {model}", report)
     _write(json_file, report)
+
+
+@app.command(rich_help_panel="Deploy")
+def export(
+    artifact: Annotated[Path, typer.Argument(help="An artifact's directory.")],
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch.")] = "onnx",
+    output: Annotated[Path | None, typer.Option(help="Directory; by default FORMAT inside the artifact.")] = None,
+    data: Data = None,
+    images: Annotated[int, typer.Option(min=1, help="Images that the certificate compares.")] = 32,
+    approximate: Annotated[bool, typer.Option(help="Allow formats that an engine only approximates.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a file for an engine, and certify that it computes what the artifact computes.
+
+    Prints a verdict for every site: exact, approximate, or left in floating point. Exit code 1 if the file's layers
+    or its predictions differ from the artifact's.
+
+        vitquant export OUT --format onnx --data DIR
+        vitquant export OUT --format openvino --output DEPLOY
+    """
+    model = vitquant.load(artifact)
+    loaded = _rebuilt(model.provenance)
+    drawn = _images(loaded, data, "val").sample(images, 0)
+    place = output or artifact / format
+    batch = torch.cat(list(drawn.calibration(images)))
+    with err.status(f"exporting to {format}, then comparing layer by layer"):
+        report = exporting.export(model, batch, place, format, approximate=approximate)  # type: ignore[arg-type]
+    out.print(report.summary(), markup=False, highlight=False)
+    _write(json_file, report.to_json())
+    if not report.ok:
+        failure = report.certificate.failure if report.certificate else "no certificate"
+        err.print(f"vitquant: {report.path} differs from the artifact: {failure}", style="red", markup=False)
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Deploy")
+def benchmark(
+    artifact: Annotated[Path, typer.Argument(help="An artifact's directory.")],
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    images: Annotated[int, typer.Option(min=1, help="Labelled images for accuracy.")] = 200,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=2)] = 20,
+    peers: Annotated[bool, typer.Option(help="Also other toolkits' int8, where installed.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Accuracy against latency and size, as a picture.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure latency, throughput, memory, size and accuracy, interleaved, against floating point and other toolkits.
+
+    vitquant benchmark OUT --data DIR --json FILE --plot FILE.png
+    """
+    model = vitquant.load(artifact)
+    loaded, reference = _reference(models.Source.from_json(_source(model)), checkpoint, model.provenance)
+    if reference is None:
+        raise UsageError("the baselines need the full-precision weights: pass --checkpoint")
+    drawn = _images(loaded, data, "val").sample(images, 0)
+    calibration = torch.cat(list(_images(loaded, data, "calib").sample(32, 0).calibration(32)))
+    pictures = torch.cat(list(drawn.calibration(32)))
+    with _progress() as bar:
+        table = benchmarking.benchmark(
+            model,
+            reference,
+            pictures,
+            drawn.labels(),
+            calibration,
+            threads=threads,
+            repeats=repeats,
+            peers=peers,
+            progress=bar,
+        )
+    out.print(table.text(), markup=False, highlight=False, soft_wrap=True)
+    _write(json_file, table.to_json())
+    if plot is not None:
+        table.plot(plot)
 
 
 @app.command(rich_help_panel="Look")
@@ -309,9 +385,7 @@ def _evaluate_artifact(
 ) -> dict[str, Any]:
     model = vitquant.load(directory)
     said = model.provenance
-    assert said.model is not None  # load() has refused a model of the user's own
-    source = models.Source.from_json(dict(said.model))
-    loaded, reference = _reference(source, checkpoint, said)
+    loaded, reference = _reference(models.Source.from_json(_source(model)), checkpoint, said)
     images = _limited(_images(loaded, data, "val"), limit, seed)
     report = _measure(loaded, model, reference, images, device, batch)
     first = (x.to(device) for x, _ in islice(images.batches(batch), max(1, 64 // batch)))
@@ -338,9 +412,20 @@ def _reference(
         return loaded, loaded.model
     except VitquantError as error:
         err.print(f"no full-precision reference, so no agreement and no KL: {error}", style="yellow", markup=False)
+    return _rebuilt(said), None
+
+
+def _source(model: QuantizedModel) -> dict[str, Any]:
+    assert model.provenance.model is not None  # load() has refused a model of the user's own
+    return dict(model.provenance.model)
+
+
+def _rebuilt(said: Provenance) -> models.Loaded:
+    """How to feed an artifact's model; its weights are not read."""
     config = None if said.model_config is None else dict(said.model_config)
     preprocessing = None if said.preprocessing is None else dict(said.preprocessing)
-    return models.load(source, pretrained=False, config=config, preprocessing=preprocessing), None
+    source = models.Source.from_json(dict(said.model or {}))
+    return models.load(source, pretrained=False, config=config, preprocessing=preprocessing)
 
 
 def _limited(images: Images, limit: int | None, seed: int) -> Images:

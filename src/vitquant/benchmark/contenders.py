@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitquant.artifact import QuantizedModel
+from vitquant.errors import UsageError
 from vitquant.export import export
+
+WEIGHTS = "float.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +56,15 @@ def prepare(
     artifact: QuantizedModel, model: nn.Module, calibration: Tensor, directory: Path, peers: bool = True
 ) -> Prepared:
     """Every contender, its files in `directory`. calibration: images for peers that calibrate."""
-    found = _float(model, calibration, directory) + _ours(artifact, model, calibration, directory)
-    return found + (_peers(model, calibration, directory) if peers else [])
+    found = _float(artifact, model, calibration, directory) + _ours(artifact, calibration, directory)
+    return found + (_peers(artifact, model, calibration, directory) if peers else [])
 
 
-def _float(model: nn.Module, images: Tensor, directory: Path) -> Prepared:
-    module, graph = directory / "float.pt", directory / "float.onnx"
+def _float(artifact: QuantizedModel, model: nn.Module, images: Tensor, directory: Path) -> Prepared:
+    graph = directory / "float.onnx"
 
     def pytorch(**options: bool) -> Callable[[], tuple[str, Path, list[Path], dict[str, Any]]]:
-        return lambda: ("eager", _saved(model, module), [module], options)
+        return lambda: ("eager", _described(artifact, model, directory), [directory / WEIGHTS], options)
 
     def onnx() -> Path:
         return graph if graph.exists() else _float_onnx(model, images, graph)
@@ -87,7 +91,7 @@ def _float(model: nn.Module, images: Tensor, directory: Path) -> Prepared:
     ]
 
 
-def _ours(artifact: QuantizedModel, model: nn.Module, images: Tensor, directory: Path) -> Prepared:
+def _ours(artifact: QuantizedModel, images: Tensor, directory: Path) -> Prepared:
     def exported(format: str, engine: str, **options: Any) -> Callable[[], Any]:
         def make() -> tuple[str, Path, list[Path], dict[str, Any]]:
             _need(engine)
@@ -101,8 +105,8 @@ def _ours(artifact: QuantizedModel, model: nn.Module, images: Tensor, directory:
         return make
 
     def integer() -> tuple[str, Path, list[Path], dict[str, Any]]:
+        _source(artifact)
         path = artifact.save(directory / "artifact")
-        _saved(model, directory / "architecture.pt")
         return "integer", path, sorted(path.iterdir()), {}
 
     return [
@@ -114,7 +118,7 @@ def _ours(artifact: QuantizedModel, model: nn.Module, images: Tensor, directory:
     ]
 
 
-def _peers(model: nn.Module, images: Tensor, directory: Path) -> Prepared:
+def _peers(artifact: QuantizedModel, model: nn.Module, images: Tensor, directory: Path) -> Prepared:
     graph = directory / "float.onnx"
 
     def dynamic() -> tuple[str, Path, list[Path], dict[str, Any]]:
@@ -142,7 +146,7 @@ def _peers(model: nn.Module, images: Tensor, directory: Path) -> Prepared:
 
     def torchao() -> tuple[str, Path, list[Path], dict[str, Any]]:
         _need("torchao")
-        return "eager", directory / "float.pt", [], {"int8": True, "compile": True}
+        return "eager", _described(artifact, model, directory), [], {"int8": True, "compile": True}
 
     return [
         _attempt("ONNX Runtime dynamic int8", "peer", dynamic),
@@ -182,10 +186,20 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _saved(model: nn.Module, path: Path) -> Path:
-    """For this run's own processes; nothing that is kept is pickled."""
+def _source(artifact: QuantizedModel) -> Mapping[str, Any]:
+    """How another process builds the model. Raises UsageError for a model of the user's own."""
+    if artifact.provenance.model is None:
+        raise UsageError("a model of your own cannot be built in another process")
+    return artifact.provenance.model
+
+
+def _described(artifact: QuantizedModel, model: nn.Module, directory: Path) -> Path:
+    """The float model for another process: its source as JSON, its weights beside it."""
+    path = directory / "float.json"
     if not path.exists():
-        torch.save(copy.deepcopy(model).eval(), path)
+        source = {**_source(artifact), "checkpoint": str(directory / WEIGHTS)}
+        save_file({name: t.contiguous().clone() for name, t in model.state_dict().items()}, directory / WEIGHTS)
+        path.write_text(json.dumps(source))
     return path
 
 

@@ -1,9 +1,9 @@
 """Run a file on an engine, in a process of its own: engines crash on legal graphs.
 
-Run by path, and imports the engine and nothing else. `engine.py ENGINE OPTIONS MODEL` answers one JSON request a
-line: {"outputs": FILE, "images": FILE, "batch": n} writes every output by name, batches joined; {"time": n, "images":
-FILE, "batch": n} runs one batch n times and gives the seconds of each; {"peak": true} gives the process's largest
-resident memory so far in bytes. Files are .npz, images in the array `image`.
+Run by path, and imports the engine and nothing else (this package only to build its models). `engine.py ENGINE OPTIONS
+MODEL` answers one JSON request a line: {"outputs": FILE, "images": FILE, "batch": n} writes every output by name,
+batches joined; {"time": n, "images": FILE, "batch": n} runs one batch n times and gives the seconds of each; {"peak":
+true} gives the process's largest resident memory so far in bytes. Files are .npz, images in the array `image`.
 """
 
 from __future__ import annotations
@@ -70,10 +70,13 @@ def torch(path: str, threads: int = 0) -> Run:
 
 
 def eager(path: str, threads: int = 0, compile: bool = False, bf16: bool = False, int8: bool = False) -> Run:
-    """A whole module as `torch.save` wrote it. int8: torchao's dynamic activations and int8 weights."""
+    """A model by its source (`vitquant.models.Source` as JSON). int8: torchao's dynamic activations, int8 weights."""
     import torch
 
-    module = torch.load(path, weights_only=False).eval()
+    from vitquant import models
+
+    with open(path) as file:
+        module = models.load(models.Source.from_json(json.load(file))).model
     if int8:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -82,14 +85,11 @@ def eager(path: str, threads: int = 0, compile: bool = False, bf16: bool = False
 
 
 def integer(path: str, threads: int = 0) -> Run:
-    """An artifact's directory, its architecture in `architecture.pt` beside it, on this package's own runtime."""
-    import torch
-
+    """An artifact's directory, on this package's own runtime."""
     import vitquant
-    from vitquant.integer.linear import IntegerModel
+    from vitquant.export.runtime import IntegerModel
 
-    model = torch.load(os.path.join(os.path.dirname(path), "architecture.pt"), weights_only=False)
-    return _torch(IntegerModel(vitquant.load(path, model)), threads)
+    return _torch(IntegerModel(vitquant.load(path)), threads)
 
 
 def _torch(module: Callable[..., Any], threads: int, bf16: bool = False) -> Run:

@@ -62,4 +62,4 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["METHODS", "adfq_vit", "fq_vit", "describe", "igq_vit", "minmax", "percentile", "recipe", "repq_vit"]
+__all__ = ["METHODS", "adfq_vit", "describe", "fq_vit", "igq_vit", "minmax", "percentile", "recipe", "repq_vit"]

@@ -71,8 +71,8 @@ def adfq_vit(
     kept exactly; budget: the fraction of them to allow instead. dynamic: token ranges found at run time, for
     inputs whose number of tokens changes. log_steps: 1 for log2, 2 for log√2. runtime_minimum, extra_level,
     image_bits (of the released code: those of the activations): the released code's choices as switches.
-    attention: weight of the attention-score term. strength: of the rounding penalty. iterations, batch, rates, mix, checkpoint, cache: see
-    `Reconstruct`.
+    attention: weight of the attention-score term. strength: of the rounding penalty. iterations, batch, rates, mix,
+    checkpoint, cache: see `Reconstruct`.
     """
     if form not in ("intended", "as-released"):
         raise UsageError(f"form '{form}' is neither 'intended' nor 'as-released'")

@@ -36,16 +36,20 @@ OBSERVERS: Mapping[str, Search] = {
 LIS_BITS = 5
 """Most bits of log2 attention: its smallest power has 2^b - 2 fractional bits."""
 
+_W8A8 = Bits(8, 8)
+
 
 def fq_vit(
-    bits: Bits,
+    bits: Bits = _W8A8,
     *,
     observer: str = "minmax",
     ptf: bool = True,
     lis: bool | None = None,
     faithful: bool = False,
 ) -> Recipe:
-    """observer: minmax, ema, percentile or omse, for the activations that are not on power-of-two grids. lis: log2
+    """Everything quantized and executed on integers: residual stream, LayerNorm and softmax included.
+
+    observer: minmax, ema, percentile or omse, for the activations that are not on power-of-two grids. lis: log2
     attention (default: wherever its bits are at most 5), else uniform. `ptf=False, lis=False` is plain min-max with
     LayerNorm and softmax quantized. faithful: the released arithmetic, flaws included."""
     if observer not in OBSERVERS:
@@ -62,6 +66,7 @@ def fq_vit(
         name="fq-vit",
         source="arXiv:2111.13824",
         bits=str(bits),
+        cost="a multiplier and a shift for each LayerNorm token; shifts in place of products for attention · V",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, plain),
             **dict.fromkeys((Role.PRODUCT, Role.LOGITS, Role.NORM_OUTPUT, Role.ACT_INPUT, Role.ACT_OUTPUT), plain),

@@ -30,7 +30,8 @@ class Recipe:
 
     rules: what each role gets; it must cover every role that a contraction of the model has (FLOAT is said
     aloud). passes: run in order. overrides: (pattern, rule) pairs; the pattern is matched against a site's
-    printed form with * and ?, and the last that fits wins. source: the paper. bits: as the user said them. cost: what it costs at run time, in words.
+    printed form with * and ?, and the last that fits wins. source: the paper. bits: as the user said them.
+    cost: what it costs at run time, in words.
     """
 
     name: str
