@@ -62,13 +62,13 @@ ROWS = [
     Row("adfq-vit", "w6a6", options='{"optimise": false}', seeds=ONE),
     Row("igq-vit", "w6a6", seeds=ONE),
     Row("minmax", "w4a4", seeds=ONE),
-    Row("percentile", "w4a4"),
-    Row("repq-vit", "w4a4", options='{"reparam": false}'),
+    Row("percentile", "w4a4", seeds=ONE),
+    Row("repq-vit", "w4a4", options='{"reparam": false}', seeds=ONE),
     Row("repq-vit", "w4a4", options='{"extra_zero": true}'),
     Row("repq-vit", "w4a4"),
-    Row("adfq-vit", "w4a4", options='{"optimise": false}'),
+    Row("adfq-vit", "w4a4", options='{"optimise": false}', seeds=ONE),
     Row("igq-vit", "w4a4"),
-    Row("igq-vit", "w4a4", options='{"groups": 12}'),
+    Row("igq-vit", "w4a4", options='{"groups": 12}', seeds=ONE),
 ]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests run in two processes on two cores
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,6 +39,7 @@ def test_what_cannot_be_prepared_is_named_with_its_reason(tmp_path: Path) -> Non
     assert not isinstance(found["ours, ONNX Runtime"], Missing)
 
 
+@pytest.mark.slow  # torch.compile takes its minutes
 def test_every_contender_is_measured_or_named(tmp_path: Path) -> None:
     loaded = models.load(models.parse("digits"))
     batches = DigitsImages("val").sample(8, 0).batches(8)

@@ -1,9 +1,10 @@
 """Run a file on an engine, in a process of its own: engines crash on legal graphs.
 
-Run by path, and imports the engine and nothing else (this package only to build its models). `engine.py ENGINE OPTIONS
-MODEL` answers one JSON request a line: {"outputs": FILE, "images": FILE, "batch": n} writes every output by name,
-batches joined; {"time": n, "images": FILE, "batch": n} runs one batch n times and gives the seconds of each; {"peak":
-true} gives the process's largest resident memory so far in bytes. Files are .npz, images in the array `image`.
+Run by path, and imports the engine and nothing else (this package only to build its models). Called as `engine.py
+ENGINE OPTIONS MODEL`, it answers one JSON request a line: {"outputs": FILE, "images": FILE, "batch": n} writes every
+output by name, batches joined; {"time": n, "images": FILE, "batch": n} runs one batch n times and gives the seconds
+of each; {"peak": true} gives the process's largest resident memory so far in bytes. Files are .npz, images in the
+array `image`.
 """
 
 from __future__ import annotations

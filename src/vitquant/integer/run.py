@@ -438,6 +438,8 @@ class IntegerRun(Interceptor):
             return self._mean(grid, *args, **kwargs)
         if name in _CASTS:
             return args[0]
+        if name in _QUESTIONS:
+            return func(*args, **kwargs)
         if len(grids) > 1 or kind not in ("layout", "constant") or name in _MIXES:
             raise PlanError(f"{name} in module '{self.scope}' is not done on integers")
         joined: Any = args
@@ -473,6 +475,8 @@ class IntegerRun(Interceptor):
 
 
 _CASTS = frozenset(["to", "float", "half", "double", "bfloat16", "type", "type_as"])
+_QUESTIONS = frozenset(["dim", "size", "numel", "nelement", "ndimension", "stride", "is_floating_point", "__len__"])
+"""Asked of a tensor, not of its numbers."""
 _MIXES = frozenset(["interpolate", "upsample", "fold"])
 _JOINS = frozenset(["cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"])
 _SAME = frozenset(["dropout", "dropout_", "contiguous", "clone", "detach", "identity"])

@@ -23,9 +23,9 @@ class Log(Quantizer):
     """x̂ = scale · 2^(-code / steps), code = round(t), t = -steps · log2(x / scale).
 
     steps = 1 is log2, steps = 2 is log√2 (RepQ-ViT, arXiv:2212.08254, section 3.3). The last code,
-    2^b - 1, stands for exactly 0, so there are 2^b levels; it is taken by what is nearer to 0 than to the
-    smallest power. `extra_zero` reproduces the released RepQ-ViT code instead: all 2^b codes are powers, and
-    one more, taken where t rounds beyond them, means 0: 2^b + 1 levels, which do not fit in b bits and are
+    2^b - 1, stands for exactly 0, so there are 2^b levels; it is taken by what lies more than half an octave
+    below the smallest power. `extra_zero` reproduces the released RepQ-ViT code instead: all 2^b codes are powers,
+    and one more, taken where t rounds beyond them, means 0: 2^b + 1 levels, which do not fit in b bits and are
     counted as log2(2^b + 1). x >= 0, any shape; x above `scale` takes the largest level.
     """
 
@@ -60,8 +60,8 @@ class Log(Quantizer):
 
     @property
     def _zero_beyond(self) -> float:
-        """The t above which the code means 0: half of the smallest power, or where the last power's rounding ends."""
-        return self.levels - 2 + (0.5 if self.extra_zero else self.steps)
+        """The t above which the code means 0: half an octave below the smallest power, or where its rounding ends."""
+        return self.levels - 2 + (0.5 if self.extra_zero else self.steps / 2)
 
 
 class ShiftLogScale(NamedTuple):

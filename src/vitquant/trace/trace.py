@@ -100,20 +100,22 @@ class _Recorder(Interceptor):
         self._alive: list[Any] = [image]  # an id means something only while its tensor lives
         self._open: CallKey | None = None
         self._running = ""
+        self._unseen: list[str] = []  # raised at the end: an interpreter in between would wrap the error
         tensors = [*model.named_parameters(remove_duplicate=False)]
         for name, tensor in [*tensors, *model.named_buffers(remove_duplicate=False)]:
             self._roots[id(tensor)] = self._roots.get(id(tensor), frozenset()) | {name}
             self.uses[name] = set()
 
     def multiplied(self, kernel: str, macs: int) -> None:
-        """A product ran: count it for the open operation, or say that nobody announced it."""
+        """A product ran: count it for the open operation, or note that nobody announced it."""
         if self._open is None:
             where = f"in module '{self.scope}'" if self.scope else "in the model itself"
             who = self._running or "a scripted or compiled module"
-            raise UnknownContraction(
+            self._unseen.append(
                 f"{who} ({where}) multiplies tensors ({kernel}) in a way that cannot be intercepted, "
                 "so it would stay in floating point unseen; rewrite it with linear, conv, matmul or einsum"
             )
+            return
         self.macs[self._open] = self.macs.get(self._open, 0) + macs
 
     def call(
@@ -199,6 +201,8 @@ class _Recorder(Interceptor):
                 self.uses[name].add(own.get(id(t)))
 
     def finish(self, output: Any) -> Trace:
+        if self._unseen:
+            raise UnknownContraction(self._unseen[0])
         if hasattr(output, "to_tuple"):
             output = output.to_tuple()
         sources = tuple(self._source[id(t)] for t in tensors_in(output) if id(t) in self._source)
