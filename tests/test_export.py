@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vitquant
 from vitquant import QuantizedModel
-from vitquant.artifact.model import Weight
+from vitquant.artifact.operands import Weight
 from vitquant.errors import ExportError, UsageError
 from vitquant.export import Kind, export, lower
 from vitquant.export.lower import Codes, Integers, Lowering
@@ -160,7 +160,7 @@ def test_an_approximation_says_its_error() -> None:
 def test_zero_points_outside_the_codes_move_or_fall_back(
     zero: float, bits: int, expected: tuple[int, int, int] | None
 ) -> None:
-    from vitquant.artifact.model import Activation
+    from vitquant.artifact.operands import Activation
     from vitquant.export.lower import _activation
     from vitquant.numerics import Affine
 

@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitquant import models
 from vitquant.artifact import Provenance, QuantizedModel
-from vitquant.artifact import store as artifact_store
 from vitquant.calibrate import Batches, Bench, Progress, silent
 from vitquant.errors import UsageError
 from vitquant.methods import recipe as recipe_of
@@ -78,7 +76,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> QuantizedMode
         config = provenance.model_config
         return models.load(source, pretrained=False, config=None if config is None else dict(config)).model
 
-    return artifact_store.load(Path(directory), build)
+    return QuantizedModel.load(directory, build)
 
 
 def observe(model: nn.Module, image: Tensor) -> Trace:
@@ -89,8 +87,3 @@ def observe(model: nn.Module, image: Tensor) -> Trace:
 def _versions() -> dict[str, str]:
     """Of what decides the numbers."""
     return {name: importlib.metadata.version(name) for name in ("vitquant", "torch", "timm")}
-
-
-def default_device() -> str:
-    """cuda where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

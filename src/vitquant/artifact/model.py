@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vitquant.artifact.operands import Activation, Constant, Provenance, Weight
+from vitquant.artifact.store import Contents, load, save
 from vitquant.errors import PlanError
 from vitquant.integer import Arithmetic, IntegerRun
-from vitquant.numerics import Params, Quantizer
 from vitquant.recipe import State
 from vitquant.recipe.ledger import Ledger
 from vitquant.trace import Interceptor, Site
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a quantized model comes from, as written into its config.json.
-
-    method: name, paper and bits of the recipe. seed: of the calibration. versions: of the libraries. images: how
-    many and their fingerprint. model: the source's JSON, or None for a model of the user's own.
-    preprocessing, model_config: what rebuilds the transform and the architecture. label_space: names the classes.
-    """
-
-    method: Mapping[str, str]
-    seed: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
-    images: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] | None = None
-    preprocessing: Mapping[str, Any] | None = None
-    model_config: Mapping[str, Any] | None = None
-    label_space: str | None = None
-
-
-class Activation(nn.Module):
-    """An operand that is quantized as it arrives."""
-
-    def __init__(self, quantizer: Quantizer, params: Params) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self.names = params._fields
-        for name, value in params._asdict().items():
-            self.register_buffer(name, value.detach().clone(), persistent=False)
-
-    @property
-    def params(self) -> Params:
-        return self.quantizer.parameters(*(getattr(self, name) for name in self.names))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantizer.fake_quantize(x, self.params)
-
-
-class Weight(Activation):
-    """A constant operand, kept as integer codes and decoded once."""
-
-    codes: Tensor
-    decoded: Tensor
-
-    def __init__(self, quantizer: Quantizer, params: Params, codes: Tensor) -> None:
-        super().__init__(quantizer, params)
-        kind = torch.int16 if quantizer.storage_bits > 7 else torch.int8
-        self.register_buffer("codes", codes.to(kind), persistent=False)
-        self.register_buffer("decoded", quantizer.decode(codes.float(), self.params), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoded
-
-
-class Constant(nn.Module):
-    """A constant operand that an exact rewrite has changed."""
-
-    value: Tensor
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value.detach().clone(), persistent=False)
-
-    def forward(self, x: Tensor | None) -> Tensor:
-        return self.value
 
 
 class QuantizedModel(nn.Module):
@@ -169,9 +103,23 @@ class QuantizedModel(nn.Module):
 
     def save(self, directory: str | Path) -> Path:
         """Write config.json and model.safetensors; see `vitquant.artifact.store`."""
-        from vitquant.artifact.store import save
+        contents = Contents(
+            self.model,
+            dict(zip(self.sites, self.operands, strict=True)),  # type: ignore[arg-type]
+            self.ledger,
+            self.provenance,
+            self.unneeded,
+            self.arithmetic,
+        )
+        return save(contents, Path(directory))
 
-        return save(self, Path(directory))
+    @staticmethod
+    def load(directory: str | Path, build: Callable[[Provenance], nn.Module]) -> QuantizedModel:
+        """Read an artifact back; see `vitquant.artifact.store`."""
+        found = load(Path(directory), build)
+        return QuantizedModel(
+            found.model, found.operands, found.ledger, found.provenance, found.unneeded, found.arithmetic
+        )
 
     def table(self) -> str:
         """Every operand of a product: site, role, format, shape for one image, effective bits."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vitquant.artifact.model import Activation, Constant, Provenance, QuantizedModel, Weight
+from vitquant.artifact.operands import Activation, Constant, Provenance, Weight
 from vitquant.errors import ArtifactError, VitquantError
 from vitquant.integer import Arithmetic
 from vitquant.numerics import FORMATS, Granularity, Quantizer, pack, unpack
@@ -31,16 +31,28 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 VERSION = 1
 
 
-def save(model: QuantizedModel, directory: Path) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that an artifact holds. model: the architecture; its `unneeded` parameters are not kept."""
+
+    model: nn.Module
+    operands: Mapping[Site, Activation | Constant]
+    ledger: Ledger
+    provenance: Provenance
+    unneeded: set[str]
+    arithmetic: Arithmetic | None = None
+
+
+def save(contents: Contents, directory: Path) -> Path:
     """Write the artifact; the same model gives the same bytes. The directory is made if need be."""
     tensors: dict[str, Tensor] = {}
     sites = []
-    for i, (site, operand) in enumerate(zip(model.sites, model.operands, strict=True)):
+    for i, (site, operand) in enumerate(contents.operands.items()):
         assert isinstance(operand, (Activation, Constant))
         record, own = _record(operand)
         sites.append({"site": str(site), **record})
         tensors |= {f"{i}.{name}": t for name, t in own.items()}
-    state = {n: t for n, t in model.model.state_dict().items() if n not in model.unneeded}
+    state = {n: t for n, t in contents.model.state_dict().items() if n not in contents.unneeded}
     tensors |= {f"float.{name}": t for name, t in state.items()}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / TENSORS
@@ -48,11 +60,11 @@ def save(model: QuantizedModel, directory: Path) -> Path:
     config = {
         "format": "vitquant",
         "version": VERSION,
-        "provenance": dataclasses.asdict(model.provenance),
+        "provenance": dataclasses.asdict(contents.provenance),
         "sites": sites,
-        "ledger": dataclasses.asdict(model.ledger),
-        "unneeded": sorted(model.unneeded),
-        "arithmetic": None if model.arithmetic is None else dataclasses.asdict(model.arithmetic),
+        "ledger": dataclasses.asdict(contents.ledger),
+        "unneeded": sorted(contents.unneeded),
+        "arithmetic": None if contents.arithmetic is None else dataclasses.asdict(contents.arithmetic),
         "tensors_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     config = json.loads(json.dumps(config))
@@ -79,7 +91,7 @@ def _stored(name: str, value: Tensor) -> Tensor:
     return value.to(torch.int32) if name == "zero" else value
 
 
-def load(directory: Path, build: Callable[[Provenance], nn.Module]) -> QuantizedModel:
+def load(directory: Path, build: Callable[[Provenance], nn.Module]) -> Contents:
     """Read an artifact back; `build` makes the architecture, whose weights do not matter.
 
     Raises ArtifactError naming the file and the field if anything is missing, truncated, edited or foreign.
@@ -100,7 +112,7 @@ def load(directory: Path, build: Callable[[Provenance], nn.Module]) -> Quantized
         directory,
     )
     arithmetic = config["arithmetic"] and Arithmetic(**config["arithmetic"])
-    return QuantizedModel(model, operands, _ledger(config), provenance, set(config["unneeded"]), arithmetic)
+    return Contents(model, operands, _ledger(config), provenance, set(config["unneeded"]), arithmetic)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

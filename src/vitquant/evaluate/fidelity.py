@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitquant.artifact import QuantizedModel
-from vitquant.artifact.model import Activation, Weight
+from vitquant.artifact.operands import Activation, Weight
 from vitquant.trace import Interceptor, Site, Transform
 
 

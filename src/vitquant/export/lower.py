@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.artifact import QuantizedModel
-from vitquant.artifact.model import Activation, Constant, Weight
+from vitquant.artifact.operands import Activation, Constant, Weight
 from vitquant.numerics import Params, Quantizer, Uniform
 from vitquant.trace import CallKey, Interceptor, Site
 from vitquant.trace.intercept import tensors_in

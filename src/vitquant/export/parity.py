@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitquant.artifact import QuantizedModel
-from vitquant.artifact.model import Activation, Weight
+from vitquant.artifact.operands import Activation, Weight
 from vitquant.export.lower import Kind, Lowering, outputs_of, products, tap_of
 from vitquant.export.process import Process, Where
 from vitquant.trace import Interceptor, Site

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitquant.artifact import QuantizedModel
-from vitquant.artifact.model import Weight
+from vitquant.artifact.operands import Weight
 from vitquant.export.lower import outputs_of
 from vitquant.trace import Interceptor
 
