@@ -56,7 +56,6 @@ ROWS = [
     Row("fq-vit", "w8a8-attn4", 100, seeds=ONE),
     Row("deploy-int8", "w8a8", seeds=ONE),
     Row("deploy-w4a8", "w4a8", seeds=ONE),
-    Row("minmax", "w6a6", seeds=ONE),
     Row("percentile", "w6a6", seeds=ONE),
     Row("repq-vit", "w6a6", seeds=ONE),
     Row("adfq-vit", "w6a6", options='{"optimise": false}', seeds=ONE),
@@ -67,7 +66,7 @@ ROWS = [
     Row("repq-vit", "w4a4", options='{"extra_zero": true}'),
     Row("repq-vit", "w4a4"),
     Row("adfq-vit", "w4a4", options='{"optimise": false}', seeds=ONE),
-    Row("igq-vit", "w4a4"),
+    Row("igq-vit", "w4a4", seeds=ONE),
     Row("igq-vit", "w4a4", options='{"groups": 12}', seeds=ONE),
 ]
 
