@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitquant.numerics import Params, Quantizer
+from vitquant.numerics import Params, Quantizer, Workspace
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Activation(nn.Module):
     def params(self) -> Params:
         return self.quantizer.parameters(*(getattr(self, name) for name in self.names))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantizer.fake_quantize(x, self.params)
+    def forward(self, x: Tensor, workspace: Workspace | None = None, slot: str = "") -> Tensor:
+        return self.quantizer.fake_quantize(x, self.params, workspace, slot)
 
 
 class Weight(Activation):
@@ -61,7 +61,7 @@ class Weight(Activation):
         self.register_buffer("codes", codes.to(kind), persistent=False)
         self.register_buffer("decoded", quantizer.decode(codes.float(), self.params), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, workspace: Workspace | None = None, slot: str = "") -> Tensor:
         return self.decoded
 
 

@@ -16,7 +16,7 @@ from vitquant.numerics.logarithmic import Log, LogScale, ShiftLog, ShiftLogScale
 from vitquant.numerics.outlier import OutlierAware, OutlierGrid, outlier_linear
 from vitquant.numerics.pack import pack, packed_size, unpack
 from vitquant.numerics.power_of_two import PowerOfTwo, PowerOfTwoScale
-from vitquant.numerics.quantizer import Affine, Params, Quantizer, round_ste
+from vitquant.numerics.quantizer import Affine, Params, Quantizer, Workspace, round_ste
 from vitquant.numerics.uniform import Uniform
 
 FORMATS: Mapping[str, type[Quantizer]] = {
@@ -47,6 +47,7 @@ __all__ = [
     "ShiftLog",
     "ShiftLogScale",
     "Uniform",
+    "Workspace",
     "fold_minimum",
     "outlier_linear",
     "pack",

@@ -104,10 +104,10 @@ class InstanceGroups(Quantizer):
     def decode_resolved(self, codes: Tensor, p: Affine) -> Tensor:
         return self.grid.decode_resolved(codes, p)
 
-    def round_trip_(self, x: Tensor, p: Affine) -> Tensor:
+    def round_trip(self, x: Tensor, p: Affine, out: Tensor) -> Tensor:
         if self.from_zero:  # then every zero-point is 0
-            return x.div_(p.scale).round_().clamp_(0, self.levels - 1).mul_(p.scale)
-        return self.grid.round_trip_(x, p)
+            return torch.div(x, p.scale, out=out).round_().clamp_(0, self.levels - 1).mul_(p.scale)
+        return self.grid.round_trip(x, p, out)
 
     def extra_bops(self, shape: tuple[int, ...], macs: int = 0) -> int:
         """Ranges, assignment, and the floating-point sum of the groups' products, if units lie along its inner axis.

@@ -49,14 +49,13 @@ class Log(Quantizer):
         return codes.masked_fill(t > self._zero_beyond, self.levels - 1)
 
     def decode_resolved(self, codes: Tensor, p: LogScale) -> Tensor:
-        powers = torch.exp2(codes / -self.steps) * p.scale
+        powers = torch.exp2(codes * (-1 / self.steps)) * p.scale
         return powers.masked_fill(codes == self.levels - 1, 0)
 
-    def round_trip_(self, x: Tensor, p: LogScale) -> Tensor:
-        x.div_(p.scale).clamp_(min=TINY).log2_().mul_(-self.steps)
-        zero = x > self._zero_beyond
-        x.round_().clamp_(0, self.levels - 2).div_(-self.steps).exp2_().mul_(p.scale)
-        return x.masked_fill_(zero, 0)
+    def round_trip(self, x: Tensor, p: LogScale, out: Tensor) -> Tensor:
+        torch.div(x, p.scale, out=out).clamp_(min=TINY).log2_().mul_(-self.steps)
+        live = torch.le(out, self._zero_beyond, out=torch.empty_like(out))  # 1.0 or 0.0: booleans are slow on CPUs
+        return out.round_().clamp_(0, self.levels - 2).mul_(-1 / self.steps).exp2_().mul_(p.scale).mul_(live)
 
     @property
     def _zero_beyond(self) -> float:
@@ -118,8 +117,9 @@ class ShiftLog(Quantizer):
     def decode_resolved(self, codes: Tensor, p: ShiftLogScale) -> Tensor:
         return self.log.decode_resolved(codes, LogScale(p.scale)) + p.minimum
 
-    def round_trip_(self, x: Tensor, p: ShiftLogScale) -> Tensor:
-        return self.log.round_trip_(x.sub_(p.minimum), LogScale(p.scale)).add_(p.minimum)
+    def round_trip(self, x: Tensor, p: ShiftLogScale, out: Tensor) -> Tensor:
+        torch.sub(x, p.minimum, out=out)
+        return self.log.round_trip(out, LogScale(p.scale), out).add_(p.minimum)
 
 
 def fold_minimum(weight: Tensor, bias: Tensor | None, minimum: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class OutlierAware(Quantizer):
     def resolve(self, x: Tensor, p: OutlierGrid) -> Settled:
         self._check_tokens(x, p)
         threshold = self.granularity.spread(p.threshold, x)
-        outliers = torch.where(x.abs() > threshold, x, 0.0)
+        outliers = x.detach().abs().gt_(threshold).mul(x)  # a factor of 1 or 0: booleans are slow on CPUs
         if not self.dynamic:
             spread = self.granularity.spread
             return Settled(spread(p.scale, x), spread(p.zero, x), outliers)
@@ -101,8 +101,9 @@ class OutlierAware(Quantizer):
     def decode_resolved(self, codes: Tensor, p: Settled) -> Tensor:
         return (codes - p.zero) * p.scale + p.outliers  # an outlier's code is that of 0
 
-    def round_trip_(self, x: Tensor, p: Settled) -> Tensor:
-        return self.grid.round_trip_(x.sub_(p.outliers), Affine(p.scale, p.zero)).add_(p.outliers)
+    def round_trip(self, x: Tensor, p: Settled, out: Tensor) -> Tensor:
+        torch.sub(x, p.outliers, out=out)
+        return self.grid.round_trip(out, Affine(p.scale, p.zero), out).add_(p.outliers)
 
     def mean_bits(self, p: OutlierGrid) -> float:
         return self.bits + float(p.fraction.mean()) * (VALUE_BITS + INDEX_BITS)

@@ -118,20 +118,23 @@ class Quantizer(ABC):
         """The real numbers that the codes of a static format stand for, in x's own units."""
         return self.decode_resolved(codes, self.resolve(codes, p))
 
-    def fake_quantize(self, x: Tensor, p: Params) -> Tensor:
-        """decode(encode(x)), differentiable by the straight-through estimator."""
+    def fake_quantize(self, x: Tensor, p: Params, workspace: Workspace | None = None, slot: str = "") -> Tensor:
+        """decode(encode(x)), differentiable by the straight-through estimator.
+
+        workspace, slot: where the result may lie, if it is read before the slot is asked for again.
+        """
         p = self.resolve(x, p)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return self.decode_resolved(self.encode_resolved(x, p), p)
-        # Memory traffic is what this costs: a part that fits in the cache goes through all steps in place.
-        out = torch.empty_like(x)
+        # Memory traffic is what this costs: a part that fits in the cache goes through all steps at once.
+        out = workspace.like(x, slot) if workspace else torch.empty_like(x)
         for part, target, own in zip(*_parts(x, out, p), strict=True):
-            self.round_trip_(target.copy_(part), own)
+            self.round_trip(part, own, target)
         return out
 
-    def round_trip_(self, x: Tensor, p: Params) -> Tensor:
-        """decode(encode(x)) written into x; no gradient. p: from `resolve`."""
-        return x.copy_(self.decode_resolved(self.encode_resolved(x, p), p))
+    def round_trip(self, x: Tensor, p: Params, out: Tensor) -> Tensor:
+        """decode(encode(x)) written into `out`; no gradient. p: from `resolve`."""
+        return out.copy_(self.decode_resolved(self.encode_resolved(x, p), p))
 
     def extra_bops(self, shape: tuple[int, ...], macs: int = 0) -> int:
         """Bit-operations that the format itself needs at run time, per image.
@@ -143,6 +146,23 @@ class Quantizer(ABC):
     def describe(self) -> str:
         """The format in a few words, for tables."""
         return f"{type(self).__name__}{self.bits} / {self.granularity}"
+
+
+class Workspace:
+    """Memory for results that are read at once: each slot's tensor gives way to the next one in the same slot.
+
+    Fresh memory is what large operands cost most on a CPU, more than their arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, x: Tensor, slot: str) -> Tensor:
+        """A dense tensor of x's shape, type and order of axes, its contents undefined."""
+        held = self._slots.get((slot, x.dtype))
+        if held is None or held.numel() < x.numel():
+            held = self._slots[slot, x.dtype] = torch.empty(x.numel(), dtype=x.dtype)
+        return held.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
 
 
 def _parts(x: Tensor, out: Tensor, p: Params) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Params]]:

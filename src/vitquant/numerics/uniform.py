@@ -61,9 +61,11 @@ class Uniform(Quantizer):
     def decode_resolved(self, codes: Tensor, p: Affine) -> Tensor:
         return (codes - p.zero) * p.scale
 
-    def round_trip_(self, x: Tensor, p: Affine) -> Tensor:
+    def round_trip(self, x: Tensor, p: Affine, out: Tensor) -> Tensor:
+        # Codes are clipped before their zero-point is added: what is added would only be taken away again.
         low, high = self.code_range
-        return x.div_(p.scale).round_().add_(p.zero).clamp_(low, high).sub_(p.zero).mul_(p.scale)
+        zero = p.zero if p.zero.ndim else float(p.zero)
+        return torch.div(x, p.scale, out=out).round_().clamp_(low - zero, high - zero).mul_(p.scale)
 
 
 def _positive(scale: Tensor) -> Tensor:
