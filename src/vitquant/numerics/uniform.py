@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Uniform(Quantizer):
     def round_trip(self, x: Tensor, p: Affine, out: Tensor) -> Tensor:
         # Codes are clipped before their zero-point is added: what is added would only be taken away again.
         low, high = self.code_range
-        zero = p.zero if p.zero.ndim else float(p.zero)
+        zero: Any = p.zero if p.zero.ndim else float(p.zero)
         return torch.div(x, p.scale, out=out).round_().clamp_(low - zero, high - zero).mul_(p.scale)
 
 
