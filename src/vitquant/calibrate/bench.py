@@ -102,6 +102,27 @@ class Bench:
                 done += len(batch)
                 self.progress(what, done, self.images.total)
 
+    def operand(self, site: Site, images: Tensor, transforms: Mapping[Site, Transform]) -> Tensor:
+        """The operand that arrives at a site, before its own transform; the run ends there."""
+
+        def take(x: Tensor) -> Any:
+            raise _Reached(x)
+
+        try:
+            with torch.no_grad():
+                self.run(images, {**transforms, site: take})
+        except _Reached as reached:
+            return reached.operand
+        raise NoData(f"no image reached {site}")
+
+
+class _Reached(Exception):
+    """The operand is there: the rest of the model need not run."""
+
+    def __init__(self, operand: Tensor) -> None:
+        super().__init__()
+        self.operand = operand
+
 
 def _watched(site: Site, viewer: Viewer, collector: Collector, then: Transform | None) -> Transform:
     """A transform that shows the operand to the collector and goes on as planned."""

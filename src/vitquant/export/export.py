@@ -145,8 +145,9 @@ def _write_graph(
 
 
 def _of_convolutions(marker: str) -> bool:
-    """Results of convolutions are looked at in a run of their own: OpenVINO, asked for one, may spoil what follows
-    (seen with 2026.4.1 and an embedding that is flattened, transposed and joined with a class token)."""
+    """Results of convolutions are looked at in a run of their own. With OpenVINO 2026.4.1, asked for that of an
+    embedding that is flattened, transposed and joined with a class token, later tensors came out wrong; why is open.
+    """
     site = Site.parse(marker)
     return site.call.op == "conv" and site == tap_of(site.call)
 

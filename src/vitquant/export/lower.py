@@ -111,7 +111,7 @@ def lower(model: QuantizedModel, approximate: bool = False) -> dict[Site, Loweri
 def _in_floating_point(call: CallKey, lowered: dict[Site, Lowering], model: QuantizedModel) -> dict[Site, Lowering]:
     """What changes if one operand of a product has no integers: then none has.
 
-    Engines offered one integer operand quantize the other on their own (ONNX Runtime does, to 8 bits).
+    No engine here has a kernel for the mixture, and none should be tempted to quantize the other operand on its own.
     """
     names = [n for n in ("input", "weight", "left", "right") if f"{call}.{n}" in model.ledger.entries]
     sites = {n: Site(call, n) for n in names}

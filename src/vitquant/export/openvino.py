@@ -11,9 +11,12 @@ from vitquant.errors import ExportError
 
 
 def convert(onnx_file: Path, path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write `path` (.xml, with a .bin beside it). Raises ExportError with the operator that is not known."""
+    """Write `path` (.xml, with a .bin beside it). Raises ExportError with the operator that is not known.
+
+    The ONNX frontend alone reads the graph: `openvino.convert_model` would unpack 4-bit integers on the way.
+    """
     try:
-        model = openvino.convert_model(onnx_file)
+        model = openvino.Core().read_model(onnx_file)
     except Exception as error:  # the frontends' errors share no base
         raise ExportError(f"OpenVINO cannot convert the model: {' '.join(str(error).split())[:300]}") from error
     for name, value in metadata.items():

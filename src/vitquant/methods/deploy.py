@@ -1,8 +1,8 @@
 """Methods for integer engines: every operation that is quantized has a fast kernel there.
 
-Own. Activations on one asymmetric unsigned 8-bit grid for each tensor, ranges by percentiles; weights on one signed
-symmetric grid for each output channel, ranges by squared error; both at the inputs of linears and convolutions only.
-That is what x86 engines multiply fastest. Attention products stay in floating point unless `attention` says so.
+Own. Activations on one asymmetric unsigned 8-bit grid for each tensor, ranges by percentiles; 8-bit weights on one
+signed symmetric grid for each output channel, ranges by squared error; both at the inputs of linears and convolutions
+only. That is what x86 engines multiply fastest. Attention products stay in floating point unless `attention` says so.
 """
 
 from __future__ import annotations
@@ -11,24 +11,33 @@ from vitquant.calibrate import MseGrid, Percentile
 from vitquant.numerics import PER_OUTPUT, Uniform
 from vitquant.passes import Fit
 from vitquant.passes.compensate import Compensate
+from vitquant.passes.exceptions import Exceptions
 from vitquant.recipe import FLOAT, Bits, Pass, Recipe, Rule
 from vitquant.trace import ACTIVATION_ROLES, Role
 
 _W8A8, _W4A8 = Bits(8, 8), Bits(4, 8)
 ATTENTION = (Role.QUERY, Role.KEY, Role.PROBS, Role.VALUE)
+_BYTE = Rule(Uniform(8, PER_OUTPUT, symmetric=True), MseGrid())
 
 
 def deploy_int8(bits: Bits = _W8A8, *, attention: bool = False) -> Recipe:
     """8-bit weights and activations for integer engines."""
-    return _deploy("deploy-int8", bits, attention, ())
+    weight = Rule(Uniform(bits.weight, PER_OUTPUT, symmetric=True), MseGrid())
+    return _deploy("deploy-int8", bits, weight, attention, (Fit(),))
 
 
-def deploy_w4a8(bits: Bits = _W4A8, *, attention: bool = False) -> Recipe:
-    """The same with 4-bit weights, which are stored in 4 bits and multiplied as 8; rounding is compensated."""
-    return _deploy("deploy-w4a8", bits, attention, (Compensate(most_bits=bits.weight),))
+def deploy_w4a8(bits: Bits = _W4A8, *, attention: bool = False, size: float = 0.145) -> Recipe:
+    """Weights that are stored in 4 bits and multiplied as 8; their rounding is compensated layer by layer.
+
+    4-bit grids are asymmetric: engines fold the shift into the integers. size: of the stored parameters, relative to
+    32 bits each; what the 4-bit weights leave of it goes as 8 bits to those that lose most, see `Exceptions`.
+    """
+    weight = Rule(Uniform(bits.weight, PER_OUTPUT), MseGrid())
+    passes = (Exceptions(_BYTE, size), Fit(), Compensate(most_bits=bits.weight))
+    return _deploy("deploy-w4a8", bits, weight, attention, passes)
 
 
-def _deploy(name: str, bits: Bits, attention: bool, passes: tuple[Pass, ...]) -> Recipe:
+def _deploy(name: str, bits: Bits, weight: Rule, attention: bool, passes: tuple[Pass, ...]) -> Recipe:
     activation = Rule(Uniform(bits.activation), Percentile())
     return Recipe(
         name=name,
@@ -38,7 +47,7 @@ def _deploy(name: str, bits: Bits, attention: bool, passes: tuple[Pass, ...]) ->
             **dict.fromkeys(ACTIVATION_ROLES, activation),
             **dict.fromkeys(ATTENTION, activation if attention else FLOAT),
             Role.IMAGE: Rule(Uniform(8), Percentile()),
-            Role.WEIGHT: Rule(Uniform(bits.weight, PER_OUTPUT, symmetric=True), MseGrid()),
+            Role.WEIGHT: weight,
         },
-        passes=(Fit(), *passes),
+        passes=passes,
     )

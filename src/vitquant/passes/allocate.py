@@ -97,7 +97,7 @@ class AllocateGroups:
                 break
             tape = Tape.record(bench.model, images)
             for i, (site, row) in enumerate(options.items()):
-                losses[i] += [_divergence(tape, site, rule, p) for rule, p in row]
+                losses[i] += [divergence(tape, site, rule, p) for rule, p in row]
                 bench.progress("measuring", seen * len(options) + i + 1, self.images * len(options))
             seen += len(images)
         return losses / seen
@@ -147,7 +147,7 @@ def _bops(state: State, site: Site, rule: Rule) -> int:
     return rule.quantizer.extra_bops(state.trace.sites[site].shape, state.trace.macs.get(site.call, 0))
 
 
-def _divergence(tape: Tape, site: Site, rule: Rule, p: Params) -> float:
+def divergence(tape: Tape, site: Site, rule: Rule, p: Params) -> float:
     """KL(p_FP || p) summed over the tape's images, p with this site alone quantized."""
     output = tape.run({site: lambda x: rule.quantizer.fake_quantize(x, p)})
     return float(F.kl_div(_log_probs(output), _log_probs(tape.output), reduction="sum", log_target=True))

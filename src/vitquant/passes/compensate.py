@@ -7,77 +7,75 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vitquant.calibrate import Bench, Sample
-from vitquant.errors import NoData
-from vitquant.numerics import PER_CHANNEL, PER_OUTPUT, Params, Quantizer
+from vitquant.calibrate import Bench
+from vitquant.numerics import PER_OUTPUT, Params, Quantizer
 from vitquant.recipe.state import State
 from vitquant.trace import Site
 
 
-class Gram:
-    """Sums x·xᵀ over a stream of (channels, n) tensors, in float64."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def update(self, x: Tensor) -> None:
-        product = (x @ x.T).double()
-        self.total = product if self.total is None else self.total + product
-
-    def summary(self) -> Sample:
-        if self.total is None:
-            raise NoData("no calibration image reached this site")
-        return Sample.of(self.total)
-
-
 @dataclass(frozen=True)
 class Compensate:
-    """Rounds column by column and lets the later columns make up for the error (GPTQ, arXiv:2210.17323).
+    """Layer by layer, the integers that bring the quantized model's output nearest to the floating-point one's.
 
-    For ŵ on the fitted grid of each output channel, minimises (w - ŵ) H (w - ŵ)ᵀ greedily, H = XᵀX + λI with X the
-    layer's inputs over the calibration images (in floating point, under the exact rewrites) and λ = `damping` ·
-    mean diag H. Columns run in the order of falling diagonal. All rows at once; columns in turn, for each depends on
-    those before. Covers linears with one grid for each output channel; others keep the nearest integers. Changes
-    nothing but `State.codes`: the grids stay as they were fitted. Needs fitted weights.
+    For a linear with input x in floating point and x̂ in the model quantized so far, all of its layers before this
+    one included, two steps minimise Σ ‖W x - Ŵ x̂‖²:
+
+        W̃ = (W Σ x x̂ᵀ + λW) H⁻¹,  H = Σ x̂ x̂ᵀ + λI              the weights that make up for what came before
+        Ŵ = argmin (W̃ - Ŵ) H (W̃ - Ŵ)ᵀ, column after column, each error spread over the columns after it
+
+    The second is GPTQ's (arXiv:2210.17323), with columns in the order of falling diagonal; the first is least
+    squares (own). λ = `damping` · mean diag Σ x̂ x̂ᵀ. Runs after everything is fitted, covers linears with one grid for
+    each output channel; others keep the nearest integers. Changes nothing but `State.codes`: grids stay as fitted.
     """
 
-    damping: float = 0.01
+    damping: float = 0.5
     most_bits: int = 4
     """Weights with more bits lose nothing worth the effort."""
 
     def __call__(self, state: State, bench: Bench) -> State:
-        weights = [s for s in state.params if self._covers(s, state)]
-        grams = {Site(s.call, "input"): Gram() for s in weights}
-        if not grams:
-            return state
-        collectors = {s: (PER_CHANNEL, gram) for s, gram in grams.items()}
-        bench.sweep(state.floating().transforms(), collectors, "correlations")
-        codes = dict(state.codes)
+        weights = [s for s in state.trace.sites if s in state.params and self._covers(s, state)]
         for done, site in enumerate(weights):
             bench.progress("compensating", done, len(weights))
-            weight, gram = state.constant(site), grams[Site(site.call, "input")].total
-            assert weight is not None and gram is not None
-            codes[site] = compensated(
-                weight.detach(), gram, state.plan[site].quantizer, state.params[site], self.damping
-            )
-        return replace(state, codes=codes)
+            codes = {**state.codes, site: self._codes(site, state, bench)}
+            state = replace(state, codes=codes)
+        return state
 
     def _covers(self, site: Site, state: State) -> bool:
         linear = site.call.op == "linear" and site.operand == "weight"
         quantizer = state.plan[site].quantizer
         return linear and quantizer.granularity == PER_OUTPUT and quantizer.bits <= self.most_bits
 
+    def _codes(self, site: Site, state: State, bench: Bench) -> Tensor:
+        weight = state.constant(site)
+        assert weight is not None
+        gram, cross = _correlations(Site(site.call, "input"), state, bench)
+        h = gram + self.damping * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+        # W̃ = W + W (Σ x x̂ᵀ - Σ x̂ x̂ᵀ) H⁻¹
+        better = weight.detach().double()
+        better = better + torch.cholesky_solve((better @ (cross - gram)).T, torch.linalg.cholesky(h)).T
+        return compensated(better.float(), h, state.plan[site].quantizer, state.params[site])
 
-def compensated(
-    weight: Tensor, gram: Tensor, quantizer: Quantizer, p: Params, damping: float, block: int = 64
-) -> Tensor:
-    """The integers of `weight` (out, in), in float32. gram: (in, in), XᵀX. block: columns updated together."""
-    order = gram.diagonal().argsort(descending=True)
-    h = gram[order][:, order]
-    h = h + damping * h.diagonal().mean().clamp(min=1e-12) * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    # Row i of the upper Cholesky factor of H⁻¹ says how column i's error spreads over the columns after it.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    w = weight.float()[:, order].clone()
+
+def _correlations(site: Site, state: State, bench: Bench) -> tuple[Tensor, Tensor]:
+    """Σ x̂ x̂ᵀ and Σ x x̂ᵀ, (in, in), over all tokens of all images, in float64."""
+    full, low = state.floating().transforms(), state.transforms()
+    gram, cross = torch.zeros(()), torch.zeros(())
+    for batch in bench.images:
+        x = bench.operand(site, batch, full).flatten(0, -2)
+        x_hat = low[site](bench.operand(site, batch, low)).flatten(0, -2) if site in low else x
+        gram = gram + (x_hat.T @ x_hat).double()
+        cross = cross + (x.T @ x_hat).double()
+    return gram, cross
+
+
+def compensated(weight: Tensor, h: Tensor, quantizer: Quantizer, p: Params, block: int = 64) -> Tensor:
+    """Integers of `weight` (out, in) that minimise (w - ŵ) h (w - ŵ)ᵀ greedily, in float32. h: (in, in), positive
+    definite. All rows at once; columns in turn, for each depends on those before. block: columns updated together."""
+    order = h.diagonal().argsort(descending=True)
+    # Row i of the upper Cholesky factor of h⁻¹ says how column i's error spreads over the columns after it.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    w = weight[:, order].clone()
     codes = torch.empty_like(w)
     for start in range(0, w.shape[1], block):
         stop = min(start + block, w.shape[1])

@@ -1,0 +1,81 @@
+"""Latency, size and accuracy on real engines: one table for each model and deployment method.
+
+    python benchmarks/engines.py --checkpoint deit_tiny.safetensors --data DIR
+
+DeiT-Tiny with these weights, DeiT-Small with random ones (its accuracy means nothing and is not measured); batches of
+1 and 8. Other toolkits are measured beside deploy-int8. Tables as Markdown on stdout, as JSON and pictures in OUTPUT.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import typer
+from safetensors.torch import save_file
+
+import vitquant
+from vitquant import models
+from vitquant.artifact import Provenance
+from vitquant.benchmark import benchmark
+from vitquant.images import ImageFolder, find_split
+
+TINY, SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
+METHODS = {"deploy-int8": "w8a8", "deploy-w4a8": "w4a8"}
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option()],
+    data: Annotated[Path, typer.Option()],
+    output: Annotated[Path, typer.Option()] = Path("results/engines"),
+    images: Annotated[int, typer.Option(help="Labelled images for accuracy.")] = 1000,
+    threads: int = 2,
+    repeats: int = 10,
+    only: Annotated[str, typer.Option(help="Only models whose name contains this.")] = "",
+) -> None:
+    """Print the tables."""
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        random = Path(scratch, "random.safetensors")
+        torch.manual_seed(0)
+        save_file(timm.create_model(SMALL).state_dict(), random)
+        for name, weights in ((TINY, checkpoint), (SMALL, random)):
+            if only in name:
+                _measure(name, weights, data, output, images if name == TINY else 0, threads, repeats)
+
+
+def _measure(name: str, weights: Path, data: Path, output: Path, images: int, threads: int, repeats: int) -> None:
+    loaded = models.load(models.parse(name, weights))
+    folders = [
+        ImageFolder(find_split(data, split), loaded.transform, loaded.label_space, loaded.classes)
+        for split in ("calib", "val")
+    ]
+    calibration = torch.cat(list(folders[0].sample(32, 0).calibration(32)))
+    drawn = folders[1].sample(images or 8, 0)
+    pictures = torch.cat(list(drawn.calibration(32)))
+    for method, bits in METHODS.items():
+        provenance = Provenance({"name": method, "bits": bits}, model=loaded.source.to_json())
+        artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance)
+        table = benchmark(
+            artifact,
+            loaded.model,
+            pictures,
+            drawn.labels() if images else None,
+            calibration,
+            threads=threads,
+            repeats=repeats,
+            peers=method == "deploy-int8",
+            progress=lambda what, done, total: print(f"{what} {done}/{total}", file=sys.stderr),
+        )
+        print(f"\n### {name}, {method} {bits}\n\n{table.text()}\n", flush=True)
+        table.save(output / f"{name} {method}.json")
+        if images:
+            table.plot(output / f"{name} {method}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
