@@ -236,7 +236,7 @@ class Bessel(nn.Module):
 def test_a_missing_operator_is_named_with_its_place(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 2, 2)
     model = vitquant.quantize(Strange(), x, method="minmax", bits="w8a8")
-    with pytest.raises(ExportError, match="^strange: .*bessel_j0"):
+    with pytest.raises(ExportError, match=r"^strange: .*bessel_j0"):
         export(model, x, tmp_path, "onnx")
 
 
