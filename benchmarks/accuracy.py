@@ -11,7 +11,6 @@ against another row at the same bits (first seed of both), `repq-vit` unless the
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import vitquant
 from vitquant import evaluate, models
+from vitquant.export import engine
 from vitquant.images import ImageFolder, find_split
 
 
@@ -148,7 +148,7 @@ def _run(row: Row, seed: int, name: str, checkpoint: Path | None, data: Path, ou
     options = json.loads(row.options)
     quantized = vitquant.quantize(loaded.model, batches, row.method, row.bits, seed=seed, **options)
     spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = engine.peak() / 1e9
     val = load_file(output / "val.safetensors")
     expected = iter(val["logits"].split(32))
     pairs = zip(val["images"].split(32), val["labels"].split(32), strict=True)

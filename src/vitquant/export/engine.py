@@ -114,7 +114,7 @@ ENGINES: Mapping[str, Callable[..., Run]] = {f.__name__: f for f in (onnxruntime
 
 def answer(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
     if "peak" in request:
-        return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {"bytes": peak()}
     size = request["batch"]
     images = np.load(request["images"])["image"]
     if "time" in request:
@@ -130,6 +130,15 @@ def answer(run: Run, request: Mapping[str, Any]) -> dict[str, Any]:
     arrays = {str(i): np.concatenate([part[name] for part in parts]) for i, name in enumerate(names)}
     np.savez(request["outputs"], names=np.array(names), **arrays)  # type: ignore[arg-type]
     return {}
+
+
+def peak() -> int:
+    """Bytes of this program alone: what `getrusage` says begins, on Linux, with the size of its parent."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(engine: str, options: str, model: str) -> None:

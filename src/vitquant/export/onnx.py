@@ -148,9 +148,9 @@ class _Graph:
         if (form.low, form.high) != (0, 255) and form.rounds:
             low = self._constant(f"{site}.low", form.step * (form.low - form.zero), TensorProto.FLOAT)
             high = self._constant(f"{site}.high", form.step * (form.high - form.zero), TensorProto.FLOAT)
-            x = self._node("Clip", [x, low, high], f"{site}.clipped", site)
-        self._node("QuantizeLinear", [x, step, zero], codes, site)
-        self._node("DequantizeLinear", [codes, step, zero], result, site)
+            x = self._node("Clip", [x, low, high], f"{site}.clipped")
+        self._node("QuantizeLinear", [x, step, zero], codes)
+        self._node("DequantizeLinear", [codes, step, zero], result)
         self.quantized[source, form] = result
         return result
 
@@ -177,29 +177,31 @@ class _Graph:
             self._initializer(zero[0], form.shift.reshape(()) if form.axis is None else form.shift, TensorProto.UINT8)
         elif form.shift is None:
             self._initializer(name, values, TensorProto.INT4)
-            name = self._node("Cast", [name], f"{site}.int8", site, to=TensorProto.INT8)
+            name = self._node("Cast", [name], f"{site}.int8", to=TensorProto.INT8)
         else:
             shift = form.shift.reshape(_along(form.axis, values.ndim))
             kind = TensorProto.UINT4 if form.bits == 4 else TensorProto.UINT8
             self._initializer(name, values.int() + shift, kind)
-            self._initializer(f"{site}.shift", shift, TensorProto.INT32)
-            wide = self._node("Cast", [name], f"{site}.int32", site, to=TensorProto.INT32)
-            wide = self._node("Sub", [wide, f"{site}.shift"], f"{site}.shifted", site)
+            narrow = int(shift.min()) >= 0 and int(shift.max()) <= 255
+            self._initializer(f"{site}.shift", shift, TensorProto.UINT8 if narrow else TensorProto.INT32)
+            by = self._node("Cast", [f"{site}.shift"], f"{site}.by", to=TensorProto.INT32)
+            wide = self._node("Cast", [name], f"{site}.int32", to=TensorProto.INT32)
+            wide = self._node("Sub", [wide, by], f"{site}.shifted")
             fits = TensorProto.INT8 if form.bits == 4 else TensorProto.INT16
-            name = self._node("Cast", [wide], f"{site}.int8", site, to=fits)
+            name = self._node("Cast", [wide], f"{site}.int8", to=fits)
         scalar = form.axis is None
         if not scalar and not form.computed:
             step = step.reshape(_along(form.axis, values.ndim))
         self._initializer(f"{site}.scale", step.reshape(()) if scalar else step, TensorProto.FLOAT)
         if form.computed:
             axis = {} if scalar else {"axis": form.axis}
-            self._node("DequantizeLinear", [name, f"{site}.scale", *zero], f"{site}.decoded", site, **axis)
+            self._node("DequantizeLinear", [name, f"{site}.scale", *zero], f"{site}.decoded", **axis)
         else:  # no DequantizeLinear, which would invite the engine to quantize the other operand
-            self._node("Cast", [name], f"{site}.float", site, to=TensorProto.FLOAT)
-            self._node("Mul", [f"{site}.float", f"{site}.scale"], f"{site}.decoded", site)
+            self._node("Cast", [name], f"{site}.float", to=TensorProto.FLOAT)
+            self._node("Mul", [f"{site}.float", f"{site}.scale"], f"{site}.decoded")
 
-    def _node(self, kind: str, inputs: list[str], output: str, site: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{site}/{kind}/{output}", **attributes))
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"{output}/{kind}", **attributes))
         return output
 
     def _constant(self, name: str, value: float, kind: int) -> str:

@@ -26,7 +26,7 @@ def deploy_int8(bits: Bits = _W8A8, *, attention: bool = False) -> Recipe:
     return _deploy("deploy-int8", bits, weight, attention, (Fit(),))
 
 
-def deploy_w4a8(bits: Bits = _W4A8, *, attention: bool = False, size: float = 0.145) -> Recipe:
+def deploy_w4a8(bits: Bits = _W4A8, *, attention: bool = False, size: float = 0.14) -> Recipe:
     """Weights that are stored in 4 bits and multiplied as 8; their rounding is compensated layer by layer.
 
     4-bit grids are asymmetric: engines fold the shift into the integers. size: of the stored parameters, relative to
