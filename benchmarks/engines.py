@@ -35,7 +35,7 @@ def main(
     images: Annotated[int, typer.Option(help="Labelled images for accuracy.")] = 1000,
     threads: int = 2,
     repeats: int = 10,
-    only: Annotated[str, typer.Option(help="Only models whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Only if model and method contain this.")] = "",
 ) -> None:
     """Print the tables."""
     output.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,14 @@ def main(
         torch.manual_seed(0)
         save_file(timm.create_model(SMALL).state_dict(), random)
         for name, weights in ((TINY, checkpoint), (SMALL, random)):
-            if only in name:
-                _measure(name, weights, data, output, images if name == TINY else 0, threads, repeats)
+            for method in METHODS:
+                if only in f"{name} {method}":
+                    _measure(name, method, weights, data, output, images if name == TINY else 0, threads, repeats)
 
 
-def _measure(name: str, weights: Path, data: Path, output: Path, images: int, threads: int, repeats: int) -> None:
+def _measure(
+    name: str, method: str, weights: Path, data: Path, output: Path, images: int, threads: int, repeats: int
+) -> None:
     loaded = models.load(models.parse(name, weights))
     folders = [
         ImageFolder(find_split(data, split), loaded.transform, loaded.label_space, loaded.classes)
@@ -57,24 +60,24 @@ def _measure(name: str, weights: Path, data: Path, output: Path, images: int, th
     calibration = torch.cat(list(folders[0].sample(32, 0).calibration(32)))
     drawn = folders[1].sample(images or 8, 0)
     pictures = torch.cat(list(drawn.calibration(32)))
-    for method, bits in METHODS.items():
-        provenance = Provenance({"name": method, "bits": bits}, model=loaded.source.to_json())
-        artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance)
-        table = benchmark(
-            artifact,
-            loaded.model,
-            pictures,
-            drawn.labels() if images else None,
-            calibration,
-            threads=threads,
-            repeats=repeats,
-            peers=method == "deploy-int8",
-            progress=lambda what, done, total: print(f"{what} {done}/{total}", file=sys.stderr),
-        )
-        print(f"\n### {name}, {method} {bits}\n\n{table.text()}\n", flush=True)
-        table.save(output / f"{name} {method}.json")
-        if images:
-            table.plot(output / f"{name} {method}.png")
+    bits = METHODS[method]
+    provenance = Provenance({"name": method, "bits": bits}, model=loaded.source.to_json())
+    artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance)
+    table = benchmark(
+        artifact,
+        loaded.model,
+        pictures,
+        drawn.labels() if images else None,
+        calibration,
+        threads=threads,
+        repeats=repeats,
+        peers=method == "deploy-int8",
+        progress=lambda what, done, total: print(f"{what} {done}/{total}", file=sys.stderr),
+    )
+    print(f"\n### {name}, {method} {bits}\n\n{table.text()}\n", flush=True)
+    table.save(output / f"{name} {method}.json")
+    if images:
+        table.plot(output / f"{name} {method}.png")
 
 
 if __name__ == "__main__":
