@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vitquant
@@ -53,9 +54,11 @@ FAST = {"rounding_rate": 0.02, "step_rate": 3e-4}
 ROWS = [
     Row("minmax", "w8a8"),
     Row("percentile", "w8a8", seeds=ONE),
-    Row("fq-vit", "w8a8", 100, '{"ptf": false, "lis": false}', ONE),
+    Row("fq-vit", "w8a8", 100, '{"ptf": false, "lis": false}', ONE, "fq-vit"),
     Row("fq-vit", "w8a8", 100),
     Row("fq-vit", "w8a8-attn4", 100),
+    Row("fq-vit", "w8a8-attn4", 100, '{"ptf": false, "lis": false}', ONE, "fq-vit"),
+    Row("fq-vit", "w8a8-attn4", 100, '{"faithful": true}', ONE, "fq-vit"),
     Row("deploy-int8", "w8a8", seeds=ONE),
     Row("deploy-w4a8", "w4a8", seeds=ONE),
     Row("percentile", "w6a6", seeds=ONE),
@@ -183,12 +186,20 @@ def _table(rows: list[Row], output: Path) -> str:
         "| bits W / A | GBOPs | artifact MB | CPU s | peak GB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    lines.append(_full_precision(output))
     found = {r: [_kept(output, r, s) for s in r.seeds] for r in rows}
     for r, runs in found.items():
         same = [k for k in found if k is not r and (k.name, k.bits) == (r.against, r.bits)]
         base = found[max(same, key=lambda k: k.images == r.images)][0] if same else None
         lines.append(_line(r, runs, base))
     return "\n".join(lines)
+
+
+def _full_precision(output: Path) -> str:
+    with safe_open(output / "val.safetensors", "pt") as val:
+        correct = (val.get_tensor("logits").argmax(1) == val.get_tensor("labels")).float()
+    error = (correct.mean() * (1 - correct.mean()) / len(correct)) ** 0.5
+    return f"| full precision | fp32 | | {100 * correct.mean():.1f} ± {100 * error:.1f} | | 100.0 | | 32 / 32 | | | | |"
 
 
 def _kept(output: Path, row: Row, seed: int) -> dict[str, Any]:
