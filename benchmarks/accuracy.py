@@ -199,7 +199,8 @@ def _full_precision(output: Path) -> str:
     with safe_open(output / "val.safetensors", "pt") as val:
         correct = (val.get_tensor("logits").argmax(1) == val.get_tensor("labels")).float()
     error = (correct.mean() * (1 - correct.mean()) / len(correct)) ** 0.5
-    return f"| full precision | fp32 | | {100 * correct.mean():.1f} ± {100 * error:.1f} | | 100.0 | | 32 / 32 | | | | |"
+    said = f"{100 * correct.mean():.1f} ± {100 * error:.1f}"
+    return f"| full precision | fp32 | | {said} | | 100.0 | | 32 / 32 | | | | |"
 
 
 def _kept(output: Path, row: Row, seed: int) -> dict[str, Any]:
