@@ -206,3 +206,20 @@ def test_granularity_view_and_spread_agree(grain: Granularity, groups: int) -> N
     largest = grain.spread(rows.amax(1), x)
     assert (x <= largest).all()
     assert torch.equal(grain.view((x == largest).float()).amax(1), torch.ones(groups))
+
+
+def test_a_workspace_keeps_the_order_of_axes_and_its_slots_apart() -> None:
+    """Slots do not overlap; the next result in a slot takes the memory of the last; values are those without it."""
+    from vitquant.numerics import Workspace
+
+    memory, quantizer, x = Workspace(), Uniform(4), torch.randn(2, 3, 5).transpose(1, 2)
+    p = quantizer.fit(x.min()[None], x.max()[None])
+    with torch.no_grad():
+        left = quantizer.fake_quantize(x, p, memory, "left")
+        kept = left.clone()
+        right = quantizer.fake_quantize(2 * x, p, memory, "right")
+        assert torch.equal(left, kept) and left.data_ptr() != right.data_ptr()
+        assert left.stride() == torch.empty_like(x).stride()
+        assert torch.equal(left, quantizer.fake_quantize(x, p))
+        again = quantizer.fake_quantize(x[:1], p, memory, "left")
+        assert again.data_ptr() == left.data_ptr() and torch.equal(again, kept[:1])

@@ -49,7 +49,7 @@ class Compensate:
         weight = state.constant(site)
         assert weight is not None
         gram, cross = _correlations(Site(site.call, "input"), state, bench)
-        h = gram + self.damping * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+        h = gram + self.damping * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram)).to(gram)
         # W̃ = W + W (Σ x x̂ᵀ - Σ x̂ x̂ᵀ) H⁻¹
         better = weight.detach().double()
         better = better + torch.cholesky_solve((better @ (cross - gram)).T, torch.linalg.cholesky(h)).T
@@ -62,7 +62,8 @@ def _correlations(site: Site, state: State, bench: Bench) -> tuple[Tensor, Tenso
     gram, cross = torch.zeros(()), torch.zeros(())
     for batch in bench.images:
         x = bench.operand(site, batch, full).flatten(0, -2)
-        x_hat = low[site](bench.operand(site, batch, low)).flatten(0, -2) if site in low else x
+        arriving = bench.operand(site, batch, low)
+        x_hat = (low[site](arriving) if site in low else arriving).flatten(0, -2)
         gram = gram + (x_hat.T @ x_hat).double()
         cross = cross + (x.T @ x_hat).double()
     return gram, cross
