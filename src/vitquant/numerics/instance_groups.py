@@ -63,6 +63,10 @@ class InstanceGroups(Quantizer):
             raise UsageError(f"{type(self).__name__}: groups and span must be at least 1")
 
     @property
+    def alone(self) -> int:
+        return self.span
+
+    @property
     def grid(self) -> Uniform:
         """The format of one group."""
         return Uniform(self.bits, include_zero=self.include_zero)

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitquant.numerics.quantizer import Quantizer, checked_range, round_ste
+from vitquant.numerics.quantizer import Quantizer, checked_range
 from vitquant.numerics.uniform import TINY
+
+
+MANTISSA, BIAS = 23, 127
+EXPONENT = 0xFF << MANTISSA
+"""The bits of a positive float32 that make it a power of two."""
+CARRY = 0x4AFB0C
+"""Added to a float32's bits, carries into the exponent from a mantissa of √2 on: rounds log2 to nearest."""
 
 
 class LogScale(NamedTuple):
@@ -44,23 +52,45 @@ class Log(Quantizer):
 
     def encode_resolved(self, x: Tensor, p: LogScale) -> Tensor:
         # log2 has no finite gradient at 0; what lies that low becomes 0 anyway.
-        t = (x / p.scale).clamp(min=TINY).log2() * -self.steps
-        codes = round_ste(t).clamp(0, self.levels - 2)
-        return codes.masked_fill(t > self._zero_beyond, self.levels - 1)
+        ratio = (x / p.scale).clamp(min=TINY)
+        t = ratio.log2() * -self.steps
+        codes = t + (self._nearest(ratio, t) - t).detach() if torch.is_grad_enabled() else self._nearest(ratio, t)
+        return codes.clamp(0, self.levels - 2).masked_fill(ratio <= self._zero_below, self.levels - 1)
+
+    def _nearest(self, ratio: Tensor, t: Tensor) -> Tensor:
+        """round(t). Where the bits of ratio^steps say it, they do: the same on every device, whatever its log2."""
+        if not self._by_bits or torch.compiler.is_compiling():
+            return t.round()
+        power = ratio.detach().float() ** self.steps
+        return ((power.view(torch.int32) + CARRY >> MANTISSA) - BIAS).neg_().to(t.dtype)
 
     def decode_resolved(self, codes: Tensor, p: LogScale) -> Tensor:
         powers = torch.exp2(codes * (-1 / self.steps)) * p.scale
         return powers.masked_fill(codes == self.levels - 1, 0)
 
     def round_trip(self, x: Tensor, p: LogScale, out: Tensor) -> Tensor:
-        torch.div(x, p.scale, out=out).clamp_(min=TINY).log2_().mul_(-self.steps)
-        live = torch.le(out, self._zero_beyond, out=torch.empty_like(out))  # 1.0 or 0.0: booleans are slow on CPUs
-        return out.round_().clamp_(0, self.levels - 2).mul_(-1 / self.steps).exp2_().mul_(p.scale).mul_(live)
+        if not self._by_bits or self.steps > 2 or x.dtype != torch.float32:
+            return super().round_trip(x, p, out)
+        torch.div(x, p.scale, out=out)
+        F.threshold_(out, self._zero_below, torch.nan).clamp_(2.0 ** ((2 - self.levels) / self.steps), 1)
+        if self.steps == 2:
+            out.square_()
+        # 2^round(log2 out), exactly; the carry takes NaN out of the exponent, which leaves 0.
+        out.view(torch.int32).add_(CARRY).bitwise_and_(EXPONENT)
+        if self.steps == 2:  # the square root of 0 is slow on CPUs
+            F.threshold_(out.clamp_(min=TINY).sqrt_(), 1.5 * TINY**0.5, 0)
+        return out.mul_(p.scale)
 
     @property
-    def _zero_beyond(self) -> float:
-        """The t above which the code means 0: half an octave below the smallest power, or where its rounding ends."""
-        return self.levels - 2 + (0.5 if self.extra_zero else self.steps / 2)
+    def _zero_below(self) -> float:
+        """x / scale up to which the code means 0: half an octave below the smallest power, or where its rounding
+        ends."""
+        return 2.0 ** (-(self.levels - 2) / self.steps - (0.5 / self.steps if self.extra_zero else 0.5))
+
+    @property
+    def _by_bits(self) -> bool:
+        """Whether every power, raised to `steps`, is a normal float32."""
+        return self.levels <= 126
 
 
 class ShiftLogScale(NamedTuple):

@@ -64,6 +64,10 @@ class OutlierAware(Quantizer):
     parameters: ClassVar[type] = OutlierGrid
 
     @property
+    def alone(self) -> int:
+        return 1
+
+    @property
     def grid(self) -> Uniform:
         """The inliers' format."""
         return Uniform(self.bits, self.granularity)

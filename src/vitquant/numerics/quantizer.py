@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log2
 from typing import Any, ClassVar, NamedTuple
@@ -58,6 +58,12 @@ class Quantizer(ABC):
 
     parameters: ClassVar[type] = Affine
     """The NamedTuple of this format's parameters. A field named `zero` holds integers."""
+
+    @property
+    def alone(self) -> int:
+        """Of a format that `resolve`s by what x holds: how many consecutive indices of axis 0 it looks at together.
+        0 where it sees all of x, or nothing of it."""
+        return 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
@@ -123,14 +129,28 @@ class Quantizer(ABC):
 
         workspace, slot: where the result may lie, if it is read before the slot is asked for again.
         """
-        p = self.resolve(x, p)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            p = self.resolve(x, p)
             return self.decode_resolved(self.encode_resolved(x, p), p)
         # Memory traffic is what this costs: a part that fits in the cache goes through all steps at once.
         out = workspace.like(x, slot) if workspace else torch.empty_like(x)
-        for part, target, own in zip(*_parts(x, out, p), strict=True):
+        for part, target, own in self._parts(x, out, p):
             self.round_trip(part, own, target)
         return out
+
+    def _parts(self, x: Tensor, out: Tensor, p: Params) -> Iterable[tuple[Tensor, Tensor, Params]]:
+        """x and out cut along the first axis into parts of about `PART` elements, with their resolved parameters."""
+        rows = max(PART * len(x) // max(x.numel(), 1), 1)
+        if x.dim() < 2 or rows >= len(x):
+            return [(x, out, self.resolve(x, p))]
+        if self.alone and 0 not in {a % x.dim() for a in self.granularity.axes}:
+            rows = max(rows // self.alone, 1) * self.alone
+            pairs = zip(x.split(rows), out.split(rows), strict=True)
+            return ((part, target, self.resolve(part, p)) for part, target in pairs)
+        resolved, parts = self.resolve(x, p), x.split(rows)
+        cut = [f.split(rows) if f.dim() == x.dim() and len(f) == len(x) else (f,) * len(parts) for f in resolved]
+        own = (type(resolved)(*fields) for fields in zip(*cut, strict=True))
+        return zip(parts, out.split(rows), own, strict=True)
 
     def round_trip(self, x: Tensor, p: Params, out: Tensor) -> Tensor:
         """decode(encode(x)) written into `out`; no gradient. p: from `resolve`."""
@@ -163,16 +183,6 @@ class Workspace:
         if held is None or held.numel() < x.numel():
             held = self._slots[slot, x.dtype] = torch.empty(x.numel(), dtype=x.dtype)
         return held.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
-
-
-def _parts(x: Tensor, out: Tensor, p: Params) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Params]]:
-    """x, out and resolved parameters cut along the first axis into parts of about `PART` elements."""
-    if x.numel() <= PART or len(x) < 2:
-        return [x], [out], [p]
-    rows = max(PART * len(x) // x.numel(), 1)
-    parts = x.split(rows)
-    cut = [f.split(rows) if f.dim() == x.dim() and len(f) == len(x) else (f,) * len(parts) for f in p]
-    return parts, out.split(rows), [type(p)(*fields) for fields in zip(*cut, strict=True)]
 
 
 def checked_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

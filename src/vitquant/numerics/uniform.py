@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +62,14 @@ class Uniform(Quantizer):
         return (codes - p.zero) * p.scale
 
     def round_trip(self, x: Tensor, p: Affine, out: Tensor) -> Tensor:
-        # Codes are clipped before their zero-point is added: what is added would only be taken away again.
         low, high = self.code_range
-        zero: Any = p.zero if p.zero.ndim else float(p.zero)
-        return torch.div(x, p.scale, out=out).round_().clamp_(low - zero, high - zero).mul_(p.scale)
+        torch.div(x, p.scale, out=out).round_()
+        if p.zero.ndim:
+            out.add_(p.zero).clamp_(low, high).sub_(p.zero)
+        else:  # clipped before the zero-point is added: what is added would only be taken away again
+            zero = float(p.zero)
+            out.clamp_(low - zero, high - zero)
+        return out.mul_(p.scale)
 
 
 def _positive(scale: Tensor) -> Tensor:
