@@ -12,7 +12,6 @@ from torch import Tensor
 from vitquant.numerics.quantizer import Quantizer, checked_range
 from vitquant.numerics.uniform import TINY
 
-
 MANTISSA, BIAS = 23, 127
 EXPONENT = 0xFF << MANTISSA
 """The bits of a positive float32 that make it a power of two."""
