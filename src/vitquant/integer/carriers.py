@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitquant.errors import PlanError
 from vitquant.integer.dyadic import half, reciprocal
+from vitquant.integer.product import Int8Product, bytes_of, int8_sums
 from vitquant.integer.softmax import exp_bits, exp_reach, ibert_exp, integer_exp, log_quotient
 from vitquant.integer.widths import fitting
 
@@ -43,8 +44,8 @@ class Carrier(Protocol):
     def raised(self, alpha: Tensor) -> Function:
         """x → x · 2^alpha; x may be overwritten."""
 
-    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int) -> Function:
-        """x → ⌊(x·weightᵀ + bias) / 2^shift⌋; shift: (), or (outputs,)."""
+    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, zero: int | None = None) -> Function:
+        """x → ⌊(x·weightᵀ + bias) / 2^shift⌋; shift: (), or (outputs,). zero: x + zero is one of 0 .. 255, if given."""
 
     def conv(
         self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any
@@ -97,10 +98,13 @@ class Floats:
         factor = (1 << alpha).float()
         return lambda x: x.mul_(factor)
 
-    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int) -> Function:
+    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, zero: int | None = None) -> Function:
         dtype = fitting(bound, self.dtypes)
-        columns = shift.reshape(-1, 1)
-        w, b = _scaled(weight, columns, dtype), _scaled(bias, shift, dtype)
+        b = _scaled(bias, shift, dtype)
+        if zero is not None and dtype == torch.float32 and weight.device.type == "cpu" and _are_bytes(weight):
+            product = Int8Product(weight, _scaled(torch.ones_like(bias), shift, dtype))
+            return lambda x: product(bytes_of(x, zero), zero, b).floor_()
+        w = _scaled(weight, shift.reshape(-1, 1), dtype)
         return lambda x: F.linear(x.to(dtype), w, b).floor_()
 
     def conv(
@@ -184,9 +188,13 @@ class Integers:
     def raised(self, alpha: Tensor) -> Function:
         return lambda x: x << alpha.to(x.dtype)
 
-    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int) -> Function:
+    def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, zero: int | None = None) -> Function:
         dtype = fitting(bound, self.dtypes)
-        w, b, shift = weight.to(dtype).T, bias.to(dtype), shift.to(dtype)
+        b, shift = bias.to(dtype), shift.to(dtype)
+        if zero is not None and dtype == torch.int32 and _are_bytes(weight):
+            w8 = weight.to(torch.int8)
+            return lambda x: (int8_sums((x + zero).to(torch.uint8), w8, zero) + b) >> shift
+        w = weight.to(dtype).T
         return lambda x: (torch.matmul(x.to(dtype), w) + b) >> shift
 
     def conv(
@@ -239,6 +247,10 @@ class Integers:
         multiplier, shift = reciprocal(inverse_step, sums, QUOTIENT_BITS)
         shift = shift + QUOTIENT_FRACTION
         return ((exps * multiplier + half(shift)) >> shift).clamp(max=high).int()
+
+
+def _are_bytes(weight: Tensor) -> bool:
+    return int(weight.min()) >= -128 and int(weight.max()) <= 127
 
 
 def _scaled(x: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,11 +51,13 @@ class Operand(Protocol):
 @dataclass(frozen=True)
 class Grid:
     """What a tensor of integers v stands for: v · scale. bound: the largest |v| there can be; row_sum: the largest
-    sum of |v| over the last axis, where more is known of it than bound · size."""
+    sum of |v| over the last axis, where more is known of it than bound · size; zero: where v + zero is known to be
+    one of 0 .. 255."""
 
     scale: float
     bound: int
     row_sum: int | None = None
+    zero: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Target:
     @property
     def grid(self) -> Grid:
         most = 0 if self.alpha is None else int(self.alpha.max())
-        return Grid(self.scale, max(abs(self.low), abs(self.high)) << most)
+        byte = most == 0 and self.low <= 0 and self.high - self.low <= 255
+        bound = max(abs(self.low), abs(self.high)) << most
+        return Grid(self.scale, bound, zero=-self.low if byte else None)
 
     @property
     def step(self) -> Tensor:
@@ -266,7 +270,12 @@ class IntegerRun(Interceptor):
     def _linear(self, key: CallKey, _: Operation, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         x = self._enter(Site(key, "input"), args[0])
         bias = self._constant(Site(key, "bias"), args[2] if len(args) > 2 else None)
-        build = self.carrier.linear
+        grid = grid_of(x)
+        assert grid is not None
+
+        def build(weight: Tensor, start: Tensor, shift: Tensor, bound: int) -> Function:
+            return self.carrier.linear(weight, start, shift, bound, grid.zero)
+
         return self._run(self._once(key, x.device, lambda: self._product(key, x, bias, build, 0)), x)
 
     def _conv(self, key: CallKey, _: Operation, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -450,7 +459,7 @@ class IntegerRun(Interceptor):
             same = name in _SAME
             kept = grid if same else replace(grid, row_sum=None)
             bound = max(g.bound for g in map(grid_of, tree_leaves(joined)) if g is not None)
-            kept = replace(kept, bound=bound)
+            kept = replace(kept, bound=bound, zero=None if name in _JOINS else grid.zero)
             for t in tree_leaves(out):
                 if isinstance(t, Tensor):
                     on_grid(t, kept)

@@ -81,7 +81,7 @@ class OutlierAware(Quantizer):
     def resolve(self, x: Tensor, p: OutlierGrid) -> Settled:
         self._check_tokens(x, p)
         threshold = self.granularity.spread(p.threshold, x)
-        outliers = x.detach().abs().gt_(threshold).mul(x)  # a factor of 1 or 0: booleans are slow on CPUs
+        outliers = x.detach().abs().gt_(threshold).mul_(x)  # a factor of 1 or 0: booleans are slow on CPUs
         if not self.dynamic:
             spread = self.granularity.spread
             return Settled(spread(p.scale, x), spread(p.zero, x), outliers)
