@@ -1,9 +1,10 @@
-"""Latency, size and accuracy on real engines: one table for each model and deployment method.
+"""Latency, size and accuracy on real engines: one table for each model and method.
 
     python benchmarks/engines.py --checkpoint deit_tiny.safetensors --data DIR
 
 DeiT-Tiny with these weights, DeiT-Small with random ones (its accuracy means nothing and is not measured); batches of
-1 and 8. Other toolkits are measured beside deploy-int8. Tables as Markdown on stdout, as JSON and pictures in OUTPUT.
+1 and 8. Other toolkits are measured beside deploy-int8; the research methods on DeiT-Tiny alone. Tables as Markdown
+on stdout, as JSON and pictures in OUTPUT.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -26,6 +27,8 @@ from vitquant.images import ImageFolder, find_split
 
 TINY, SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
 METHODS = {"deploy-int8": "w8a8", "deploy-w4a8": "w4a8"}
+RESEARCH = {"fq-vit": "w8a8-attn4", "adfq-vit": "w4a4", "igq-vit": "w4a4"}
+OPTIONS: dict[str, dict[str, Any]] = {"adfq-vit": {"optimise": False}}
 
 
 def main(
@@ -44,7 +47,7 @@ def main(
         torch.manual_seed(0)
         save_file(timm.create_model(SMALL).state_dict(), random)
         for name, weights in ((TINY, checkpoint), (SMALL, random)):
-            for method in METHODS:
+            for method in METHODS | (RESEARCH if name == TINY else {}):
                 if only in f"{name} {method}":
                     _measure(name, method, weights, data, output, images if name == TINY else 0, threads, repeats)
 
@@ -60,9 +63,10 @@ def _measure(
     calibration = torch.cat(list(folders[0].sample(32, 0).calibration(32)))
     drawn = folders[1].sample(images or 8, 0)
     pictures = torch.cat(list(drawn.calibration(32)))
-    bits = METHODS[method]
+    bits = (METHODS | RESEARCH)[method]
     provenance = Provenance({"name": method, "bits": bits}, model=loaded.source.to_json())
-    artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance)
+    options = OPTIONS.get(method, {})
+    artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance, **options)
     table = benchmark(
         artifact,
         loaded.model,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vitquant
 from vitquant.calibrate import Inliers, MinMax, Sample, ScaleZero
 from vitquant.errors import UsageError
+from vitquant.integer.linears import OutlierLinear
 from vitquant.methods.adfq_vit import AttentionScore, scores_over_heads, scores_over_keys
 from vitquant.numerics import (
     PER_OUTPUT,
@@ -24,7 +25,6 @@ from vitquant.numerics import (
     ShiftLogScale,
     Uniform,
     fold_minimum,
-    outlier_linear,
 )
 
 
@@ -79,11 +79,12 @@ def test_execution_as_gemm_plus_spmm_equals_the_simulation(dynamic: bool) -> Non
     x, weight, bias = with_outliers(3, 7, 48), noise(20, 48, seed=1), noise(20, seed=2)
     quantizer = OutlierAware(4, PER_TENSOR if dynamic else PER_TOKEN, 3.0, dynamic)
     p = grid_of(quantizer, x)
-    for weights in (Uniform(4, PER_OUTPUT, include_zero=False), Uniform(8, PER_OUTPUT, symmetric=True)):
+    for weights in (Uniform(4, PER_OUTPUT), Uniform(8, PER_OUTPUT, symmetric=True)):
         grid = weights.fit(*weight.aminmax(dim=1))
         codes = weights.encode(weight, grid)
         simulated = nn.functional.linear(quantizer.fake_quantize(x, p), weights.decode(codes, grid), bias)
-        executed = outlier_linear(x, quantizer, p, codes, grid, bias)
+        values = codes - grid.zero[:, None]
+        executed = OutlierLinear(quantizer, p, values, grid.scale).linear(x, weight, bias)
         assert torch.allclose(executed, simulated, rtol=1e-5, atol=1e-5 * float(simulated.abs().max()))
 
 

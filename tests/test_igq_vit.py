@@ -18,7 +18,8 @@ import vitquant
 from vitquant.artifact import Ledger
 from vitquant.calibrate import Batches, Bench, RangeClusters, Reservoir
 from vitquant.errors import UsageError
-from vitquant.integer.grouped import grouped_linear, grouped_rows
+from vitquant.integer.grouped import grouped_rows
+from vitquant.integer.linears import GroupedLinear
 from vitquant.methods import igq_vit
 from vitquant.numerics import PER_CHANNEL, PER_OUTPUT, PER_ROW, Granularity, InstanceGroups, Uniform
 from vitquant.passes import AllocateGroups, Budget, Instances
@@ -357,10 +358,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @settings(max_examples=20, deadline=None)
 def test_grouped_linear_equals_the_simulation(seed: int, groups: int, bits: int) -> None:
     x, w, bias = tokens(seed, 3, 7, 24), tokens(seed + 1, 10, 24), tokens(seed + 2, 10)
-    q, wq = InstanceGroups(bits, groups=groups), Uniform(bits, PER_OUTPUT, include_zero=False)
+    q, wq = InstanceGroups(bits, groups=groups), Uniform(bits, PER_OUTPUT, symmetric=True)
     p, grid = bank_of(q, x), wq.fit(w.amin(1), w.amax(1))
     expected = nn.functional.linear(q.fake_quantize(x, p).double(), wq.fake_quantize(w, grid).double(), bias.double())
-    found = grouped_linear(q.encode(x, p), q.assign(x, p), p, wq.encode(w, grid), grid, bias)
+    found = GroupedLinear(q, p, wq.encode(w, grid), grid.scale).linear(x, w, bias)
     assert relative(found, expected.float()) < 1e-5
 
 

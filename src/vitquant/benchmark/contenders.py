@@ -114,7 +114,7 @@ def _ours(artifact: QuantizedModel, images: Tensor, directory: Path) -> Prepared
         _attempt("ours, OpenVINO", "ours", exported("openvino", "openvino", precision="f32")),
         _attempt("ours, OpenVINO, rest in bf16", "ours", exported("openvino", "openvino", precision="bf16")),
         _attempt("ours, torch.export (simulated)", "ours", exported("torch", "torch")),
-        _attempt("ours, torch int8 runtime", "ours", integer),
+        _attempt("ours, portable runtime", "ours", integer),
     ]
 
 

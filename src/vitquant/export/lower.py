@@ -191,6 +191,16 @@ def _weight(operand: Weight) -> _Result:
     return Kind.EXACT, "int8", 0, Integers(values, flat, axis, 8)
 
 
+def codes_of(operand: Activation) -> Codes | None:
+    """An activation as bytes, if all its levels are multiples of one step."""
+    return _activation(operand, approximate=False)[3]
+
+
+def integers_of(operand: Weight) -> Integers | None:
+    """A weight as integers, if all its values are multiples of a step for each output."""
+    return _weight(operand)[3]
+
+
 def _levels(quantizer: Quantizer, p: Params) -> Tensor | None:
     """Every level of every group, (levels, groups); None where the levels depend on the data."""
     if type(quantizer).resolve is not Quantizer.resolve:

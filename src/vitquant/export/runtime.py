@@ -1,139 +1,92 @@
-"""Linears and convolutions on integer codes, through PyTorch's own int8 product."""
+"""The portable runtime: a quantized model on PyTorch's integer products, whatever its formats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vitquant.artifact import QuantizedModel
-from vitquant.export.lower import Codes, Integers, lower
+from vitquant.artifact.operands import Activation, Weight
+from vitquant.export.lower import codes_of, integers_of, products
+from vitquant.integer.linears import GroupedLinear, OutlierLinear, UniformLinear
+from vitquant.numerics import PER_CHANNEL, InstanceGroups, OutlierAware
 from vitquant.trace import CallKey, Interceptor, Site
 
-SIGNED = 128
-"""What turns unsigned codes into the signed ones that `torch._int_mm` takes."""
-
-
-class IntegerProduct(nn.Module):
-    """x̂·ŵᵀ + b as s_x·s_w·(Σ (c_x - 128)·c_w + (128 - z)·Σ c_w) + b, the sums in int32 without rounding.
-
-    The activation's 8-bit codes c_x move by 128 so that they are signed; the weight's own sums take that and the
-    zero-point z back. weight: its integers as (out, in).
-    """
-
-    weight: Tensor
-    step: Tensor
-    offset: Tensor
-
-    def __init__(self, activation: Codes, weight: Integers) -> None:
-        super().__init__()
-        self.activation = activation
-        values = weight.values.reshape(len(weight.values), -1)
-        self.register_buffer("weight", values.T.contiguous())
-        self.register_buffer("step", weight.step * activation.step)
-        self.register_buffer("offset", (SIGNED - activation.zero) * values.int().sum(1, dtype=torch.int32))
-
-    def codes(self, x: Tensor) -> Tensor:
-        """x on the activation's grid, signed: int8 in x's shape."""
-        a = self.activation
-        codes = (x / a.step).round_().add_(a.zero).clamp_(a.low, a.high)
-        return codes.sub_(SIGNED).to(torch.int8)
-
-    def accumulate(self, codes: Tensor) -> Tensor:
-        """Σ (c_x - z)·c_w of signed codes (..., in): (..., out), int32, exact."""
-        rows = codes.reshape(-1, codes.shape[-1])
-        return (torch._int_mm(rows, self.weight) + self.offset).reshape(*codes.shape[:-1], -1)
-
-    def scaled(self, sums: Tensor, bias: Tensor | None) -> Tensor:
-        """The real numbers that the sums stand for."""
-        out = sums * self.step
-        return out if bias is None else out.add_(bias)
-
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.scaled(self.accumulate(self.codes(input)), bias)
-
-    def conv(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        """conv2d of one group: patches as rows. Padding is real zeros, whose code is the zero-point."""
-        ky, kx = weight.shape[-2:]
-        (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
-        if padding == "same":
-            y, x = dy * (ky - 1), dx * (kx - 1)
-            edges = (x // 2, x - x // 2, y // 2, y - y // 2)
-        else:
-            py, px = _pair(0 if padding == "valid" else padding)
-            edges = (px, px, py, py)
-        codes = F.pad(self.codes(input), edges, value=self.activation.zero - SIGNED)
-        height, width = (
-            (codes.shape[-2] - dy * (ky - 1) - 1) // sy + 1,
-            (codes.shape[-1] - dx * (kx - 1) - 1) // sx + 1,
-        )
-        b, c, h, w = codes.stride()
-        patches = codes.as_strided(
-            (len(codes), height, width, codes.shape[1], ky, kx), (b, h * sy, w * sx, c, h * dy, w * dx)
-        )
-        sums = self.accumulate(patches.reshape(len(codes), height, width, -1))
-        return self.scaled(sums, bias).permute(0, 3, 1, 2)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[-1]) if isinstance(value, (tuple, list)) else (value, value)
+SIGNED_BITS = 7
+"""The widest codes whose distance from the zero-point is a signed byte."""
 
 
 class IntegerModel(nn.Module):
     """A quantized model whose linears and plain convolutions run on integers; the rest is simulated.
 
-    Products whose operands engines would take as integers (see `vitquant.export.lower`) run here the same way.
+    It gives what the model gives, up to rounding of the products' last sums. products: what runs on integers.
+    floating: the other products, and why. A model with an `Arithmetic` of its own (FQ-ViT) runs under that, which
+    leaves nothing in floating point and gives the same bits.
     """
 
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
-        self.model = model.model
-        lowered = lower(model)
-        self.products: dict[CallKey, IntegerProduct] = {}
-        for site in lowered:
-            x, w = (lowered.get(Site(site.call, name)) for name in ("input", "weight"))
-            if x is None or w is None or not isinstance(x.form, Codes) or not isinstance(w.form, Integers):
-                continue
-            channels = model.ledger.entries[f"{site.call}.input"].shape[1]
-            if _covered(site.call, x.form, w.form, channels):
-                self.products[site.call] = IntegerProduct(x.form, w.form)
+        self.quantized = model
+        self.products: dict[CallKey, nn.Module] = {}
+        self.floating: dict[CallKey, str] = {}
+        if model.arithmetic is None:
+            for call in products(model):
+                found = _product(call, model)
+                if isinstance(found, str):
+                    self.floating[call] = found
+                else:
+                    self.products[call] = found
         self.layers = nn.ModuleList(self.products.values())
         covered = {Site(call, name) for call in self.products for name in ("input", "weight")}
-        self.places = nn.ModuleList(model.operands)
         self.transforms = {site: t for site, t in model.transforms().items() if site not in covered}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Run(self.model, self.transforms, self.products):
-            return self.model(*args, **kwargs)
+        if self.quantized.arithmetic is not None:
+            return self.quantized(*args, **kwargs)
+        with _Run(self.quantized.model, self.transforms, self.products):
+            return self.quantized.model(*args, **kwargs)
 
 
-def _covered(call: CallKey, x: Codes, w: Integers, channels: int) -> bool:
-    """Integers on both sides, the weight's scales on the product's outer axis; a convolution of one group."""
-    plain = call.op == "linear" or (call.op == "conv" and w.values.ndim == 4 and w.values.shape[1] == channels)
-    return plain and x.rounds and w.computed and w.axis == 0 and w.values.dtype == torch.int8
+def _product(call: CallKey, model: QuantizedModel) -> nn.Module | str:
+    """The integer form of a product, or the reason why there is none."""
+    places = dict(zip(model.sites, model.operands, strict=True))
+    x, w = places.get(Site(call, "input")), places.get(Site(call, "weight"))
+    if call.op not in ("linear", "conv"):
+        return "PyTorch has no batched product of integers"
+    if not isinstance(x, Activation) or not isinstance(w, Weight):
+        return "an operand is in floating point"
+    form = integers_of(w)
+    if form is None or form.axis != 0 or form.bits > 8 or form.values.element_size() > 1:
+        return "the weight is not a signed byte for each value and a scale for each output"
+    channels = model.ledger.entries[f"{call}.input"].shape[1]
+    if call.op == "conv" and (form.values.ndim != 4 or form.values.shape[1] != channels):
+        return "a convolution of groups"
+    codes, quantizer = codes_of(x), x.quantizer
+    if codes is not None and codes.rounds:
+        return UniformLinear(codes.step, codes.zero, codes.low, codes.high, form.values, form.step)
+    if isinstance(quantizer, OutlierAware) and call.op == "linear" and quantizer.bits <= SIGNED_BITS:
+        return OutlierLinear(quantizer, x.params, form.values, form.step)
+    if isinstance(quantizer, InstanceGroups) and call.op == "linear" and quantizer.granularity == PER_CHANNEL:
+        return GroupedLinear(quantizer, x.params, form.values, form.step)
+    return f"{quantizer.describe()} has no product of bytes"
 
 
 class _Run(Interceptor):
-    """Sends the covered products to their integer form."""
+    """Sends the covered products to their integer form. Attention stays fused where nothing inside is quantized."""
 
-    def __init__(self, model: nn.Module, transforms: Any, products: dict[CallKey, IntegerProduct]) -> None:
+    def __init__(self, model: nn.Module, transforms: Any, covered: dict[CallKey, Any]) -> None:
         super().__init__(model, transforms)
-        self.products = products
+        self.covered = covered
+        self.inside = {site.call.scope for site in transforms if site.call.op not in ("linear", "conv", "norm")}
+
+    def opens(self, func: Callable[..., Any]) -> bool:
+        return func is not F.scaled_dot_product_attention or self.scope in self.inside
 
     def call(self, key: CallKey, operation: Any, func: Callable[..., Any], args: list[Any], kwargs: Any) -> Any:
-        product = self.products.get(key)
+        product = self.covered.get(key)
         if product is not None:
             func = product.linear if key.op == "linear" else product.conv
         return super().call(key, operation, func, args, kwargs)

@@ -45,7 +45,7 @@ class Carrier(Protocol):
         """x → x · 2^alpha; x may be overwritten."""
 
     def linear(self, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, zero: int | None = None) -> Function:
-        """x → ⌊(x·weightᵀ + bias) / 2^shift⌋; shift: (), or (outputs,). zero: x + zero is one of 0 .. 255, if given."""
+        """x → ⌊(x·weightᵀ + bias) / 2^shift⌋; shift: (), or (outputs,). zero: with it added, x is one of 0 .. 255."""
 
     def conv(
         self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,13 @@ class Int8Product(nn.Module):
         packs = weight.device.type == "cpu" and onednn_is_exact()
         self._packed = torch.ops.onednn.qlinear_prepack(self.weight, None) if packs else None
 
-    def forward(self, codes: Tensor, zero: int = 0, bias: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, zero: int = 0, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """onto: float32 (..., out) that the result is added to, in place."""
         if self._packed is not None and codes.device.type == "cpu":
-            return _onednn(codes, zero, self._packed, self.step, bias)
+            return _onednn(codes, zero, self._packed, self.step, bias, onto)
         out = int8_sums(codes, self.weight, zero) * self.step
-        return out if bias is None else out.add_(bias)
+        out = out if bias is None else out.add_(bias)
+        return out if onto is None else onto.add_(out)
 
 
 def bytes_of(x: Tensor, zero: int) -> Tensor:
@@ -89,8 +92,13 @@ def _slowly(left: Tensor, right: Tensor) -> Tensor:
     return (left.double() @ right.double()).int()
 
 
-def _onednn(codes: Tensor, zero: int, packed: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(
+    codes: Tensor, zero: int, packed: Tensor, step: Tensor, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
     """The scales are the weight's; those of the codes and of the result are 1."""
     zeros = torch.zeros(len(step), dtype=torch.int32)
     inputs, weights, result = (codes, 1.0, zero), (packed, step, zeros), (1.0, 0, torch.float32)
-    return torch.ops.onednn.qlinear_pointwise(*inputs, *weights, bias, *result, "none", [], "")
+    if onto is None:
+        return torch.ops.onednn.qlinear_pointwise(*inputs, *weights, bias, *result, "none", [], "")
+    added: Any = (1.0, 0, "sum", 1.0, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.binary(*inputs, *weights, onto, bias, *result, *added)

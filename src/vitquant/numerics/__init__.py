@@ -13,7 +13,7 @@ from vitquant.numerics.granularity import (
 )
 from vitquant.numerics.instance_groups import PER_ROW, Bank, InstanceGroups
 from vitquant.numerics.logarithmic import Log, LogScale, ShiftLog, ShiftLogScale, fold_minimum
-from vitquant.numerics.outlier import OutlierAware, OutlierGrid, outlier_linear
+from vitquant.numerics.outlier import OutlierAware, OutlierGrid
 from vitquant.numerics.pack import pack, packed_size, unpack
 from vitquant.numerics.power_of_two import PowerOfTwo, PowerOfTwoScale
 from vitquant.numerics.quantizer import Affine, Params, Quantizer, Workspace, round_ste
@@ -49,7 +49,6 @@ __all__ = [
     "Uniform",
     "Workspace",
     "fold_minimum",
-    "outlier_linear",
     "pack",
     "packed_size",
     "per_group",

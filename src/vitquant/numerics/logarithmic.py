@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitquant.numerics.quantizer import Quantizer, checked_range
@@ -71,13 +70,13 @@ class Log(Quantizer):
         if not self._by_bits or self.steps > 2 or x.dtype != torch.float32:
             return super().round_trip(x, p, out)
         torch.div(x, p.scale, out=out)
-        F.threshold_(out, self._zero_below, torch.nan).clamp_(2.0 ** ((2 - self.levels) / self.steps), 1)
+        torch.threshold_(out, self._zero_below, torch.nan).clamp_(2.0 ** ((2 - self.levels) / self.steps), 1)
         if self.steps == 2:
             out.square_()
         # 2^round(log2 out), exactly; the carry takes NaN out of the exponent, which leaves 0.
         out.view(torch.int32).add_(CARRY).bitwise_and_(EXPONENT)
         if self.steps == 2:  # the square root of 0 is slow on CPUs
-            F.threshold_(out.clamp_(min=TINY).sqrt_(), 1.5 * TINY**0.5, 0)
+            torch.threshold_(out.clamp_(min=TINY).sqrt_(), 1.5 * TINY**0.5, 0)
         return out.mul_(p.scale)
 
     @property

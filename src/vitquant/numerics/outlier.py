@@ -44,10 +44,10 @@ class OutlierAware(Quantizer):
     """Per-patch outlier-aware grid: x̂ = x where |x| > threshold, else scale_n · (code - zero_n) for token n.
 
     The inliers' grid is uniform and holds 0, so that with outliers set to 0 a product splits exactly into
-    GEMM(inliers) + SpMM(outliers), see `outlier_linear`. Static: one (scale, zero) for each token position, so
-    the number of tokens is fixed. `dynamic`: the range of every token of every image, found at run time on the
-    inliers of the last axis; serves any number of tokens (detection, windows), and then the parameters' scale
-    and zero serve nothing.
+    GEMM(inliers) + SpMM(outliers), see `vitquant.integer.linears.OutlierLinear`. Static: one (scale, zero) for each
+    token position, so the number of tokens is fixed. `dynamic`: the range of every token of every image, found at run
+    time on the inliers of the last axis; serves any number of tokens (detection, windows), and then the parameters'
+    scale and zero serve nothing.
 
     An outlier costs its 32-bit value and a 16-bit column beside the code: `mean_bits` = b + 48 · fraction.
     x: (..., tokens, channels), in the tensor's units. Raises UsageError where the number of tokens is not the
@@ -115,28 +115,3 @@ class OutlierAware(Quantizer):
     def extra_bops(self, shape: tuple[int, ...], macs: int = 0) -> int:
         """One comparison an element with the threshold, and two for the range at run time; 32 each."""
         return 32 * (3 if self.dynamic else 1) * prod(shape)
-
-
-def outlier_linear(
-    x: Tensor,
-    quantizer: OutlierAware,
-    p: OutlierGrid,
-    codes: Tensor,
-    grid: Affine,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """A linear layer as it would be executed: GEMM(integer inliers) + SpMM(outliers) + bias.
-
-    x: (..., tokens, in), floating point. codes: the weight's integers, (out, in); grid: its affine grid, one
-    value for each output. The dense product runs on int32 and is scaled once, token by output; the outliers
-    multiply the decoded weight as a sparse matrix. Equals linear(fake_quantize(x), decode(codes), bias) up to
-    rounding of the sums. Sums of up to 2^31 / 4^8 = 32768 products of 8-bit codes fit.
-    """
-    with torch.no_grad():
-        settled = quantizer.resolve(x, p)
-        steps = quantizer.encode_resolved(x, settled) - settled.zero
-        weight = codes - grid.zero[:, None]
-        dense = (steps.int() @ weight.int().T) * settled.scale * grid.scale
-        sparse = settled.outliers.reshape(-1, x.shape[-1]).to_sparse()
-        out = dense + torch.sparse.mm(sparse, (weight * grid.scale[:, None]).T).reshape(dense.shape)
-        return out if bias is None else out + bias

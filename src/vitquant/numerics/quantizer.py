@@ -140,7 +140,7 @@ class Quantizer(ABC):
 
     def _parts(self, x: Tensor, out: Tensor, p: Params) -> Iterable[tuple[Tensor, Tensor, Params]]:
         """x and out cut along the first axis into parts of about `PART` elements, with their resolved parameters."""
-        rows = max(PART * len(x) // max(x.numel(), 1), 1)
+        rows = rows_of_a_part(x)
         if x.dim() < 2 or rows >= len(x):
             return [(x, out, self.resolve(x, p))]
         if self.alone and 0 not in {a % x.dim() for a in self.granularity.axes}:
@@ -189,6 +189,11 @@ class Workspace:
         if x.stride(-2) < x.stride(-1):
             return free.view(x.mT.shape).mT
         return free.view(x.shape)
+
+
+def rows_of_a_part(x: Tensor) -> int:
+    """How many indices of x's first axis make about `PART` elements; at least 1."""
+    return max(PART * len(x) // max(x.numel(), 1), 1)
 
 
 def checked_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

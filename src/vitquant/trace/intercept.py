@@ -75,7 +75,7 @@ class Interceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITES:
+        if func in COMPOSITES and self.opens(func):
             return self._resume(COMPOSITES[func], args, kwargs)
         operation, args = recognise(func, args)
         if operation is None:
@@ -116,6 +116,10 @@ class Interceptor(TorchFunctionMode):
                 args[position] = transform(args[position])
         out = func(*args, **kwargs)
         return transforms["output"](out) if "output" in transforms else out
+
+    def opens(self, func: Callable[..., Any]) -> bool:
+        """Whether a fused function is taken apart where the model calls it now."""
+        return True
 
     def other(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Any other torch function."""
