@@ -150,9 +150,10 @@ def _bops(state: State, site: Site, rule: Rule) -> int:
 def divergence(tape: Tape, site: Site, rule: Rule, p: Params) -> float:
     """KL(p_FP || p) summed over the tape's images, p with this site alone quantized."""
     output = tape.run({site: lambda x: rule.quantizer.fake_quantize(x, p)})
-    return float(F.kl_div(_log_probs(output), _log_probs(tape.output), reduction="sum", log_target=True))
+    return float(F.kl_div(log_probs(output), log_probs(tape.output), reduction="sum", log_target=True))
 
 
-def _log_probs(output: Any) -> Tensor:
+def log_probs(output: Any) -> Tensor:
+    """Of a model's output, whose first tensor is logits, classes on the last axis; float64."""
     logits = tensors_in(output.to_tuple() if hasattr(output, "to_tuple") else output)[0]
     return F.log_softmax(logits.double(), -1)
