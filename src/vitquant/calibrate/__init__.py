@@ -1,6 +1,6 @@
 """How numbers are gathered: streamed statistics and the searches that turn them into parameters."""
 
-from vitquant.calibrate.bench import Batches, Bench, Progress, silent
+from vitquant.calibrate.bench import Batches, Bench, Progress, Reached, silent
 from vitquant.calibrate.cluster import RangeClusters
 from vitquant.calibrate.inliers import Inliers
 from vitquant.calibrate.observers import Fixed, MovingAverage, PowerOfTwoMse
@@ -21,6 +21,7 @@ __all__ = [
     "PowerOfTwoMse",
     "Progress",
     "RangeClusters",
+    "Reached",
     "Reservoir",
     "Sample",
     "ScaleZero",

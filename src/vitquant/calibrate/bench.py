@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,23 +106,21 @@ class Bench:
     def operand(self, site: Site, images: Tensor, transforms: Mapping[Site, Transform]) -> Tensor:
         """The operand that arrives at a site, before its own transform; the run ends there."""
 
+        found: list[Tensor] = []
+
         def take(x: Tensor) -> Any:
-            raise _Reached(x)
+            found.append(x)
+            raise Reached
 
-        try:
-            with torch.no_grad():
-                self.run(images, {**transforms, site: take})
-        except _Reached as reached:
-            return reached.operand
-        raise NoData(f"no image reached {site}")
+        with torch.no_grad(), suppress(Reached):
+            self.run(images, {**transforms, site: take})
+        if not found:
+            raise NoData(f"no image reached {site}")
+        return found[0]
 
 
-class _Reached(Exception):
-    """The operand is there: the rest of the model need not run."""
-
-    def __init__(self, operand: Tensor) -> None:
-        super().__init__()
-        self.operand = operand
+class Reached(Exception):
+    """What was wanted of a run is there: the rest of the model need not run."""
 
 
 def _watched(site: Site, viewer: Viewer, collector: Collector, then: Transform | None) -> Transform:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from vitquant.calibrate import Bench
+from vitquant.calibrate import Bench, Reached
 from vitquant.errors import NoData
 from vitquant.trace import Interceptor, Site, Transform
 from vitquant.trace.intercept import tensors_in
@@ -51,10 +52,6 @@ class Record:
         leaves = [leaf if i is None else inputs[i] for leaf, i in zip(self.leaves, self.places, strict=True)]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
-
-
-class _Reached(Exception):
-    """The module has run: the rest of the model need not."""
 
 
 @dataclass
@@ -137,17 +134,15 @@ def _call(
     def after(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         leaves, spec = arguments
         found.append(_Call(leaves, spec, tensors_in(output)[0], {site: seen[site] for site in watched}))
-        raise _Reached
+        raise Reached
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
     try:
-        with torch.no_grad(), Interceptor(bench.model, watching(transforms, seen, watched)):
+        with suppress(Reached), torch.no_grad(), Interceptor(bench.model, watching(transforms, seen, watched)):
             bench.model(images)
-    except _Reached:
-        pass
     finally:
         for handle in handles:
             handle.remove()
