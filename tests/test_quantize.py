@@ -1,6 +1,7 @@
 """The whole path: quantize, run, save, load; errors in the user's words."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from torch import nn
 
 import vitquant
 from vitquant import FLOAT, Bits, Recipe, Role, Rule, State
+from vitquant.artifact.passing import Passing
 from vitquant.calibrate import Batches, Bench, MinMax, MseGrid, Percentile, Reservoir, Sample, quantiles
 from vitquant.errors import ArtifactError, DataError, FloatDrift, NoData, NonFinite, PlanError, UsageError
 from vitquant.methods import repq_vit
-from vitquant.numerics import PER_CHANNEL, PER_OUTPUT, PER_TENSOR, Affine, Log, Uniform
+from vitquant.numerics import PER_CHANNEL, PER_OUTPUT, PER_TENSOR, Affine, InstanceGroups, Log, ShiftLog, Uniform
 from vitquant.passes import Fit, ScaleReparam
 from vitquant.trace import ACTIVATION_ROLES, Interceptor, Site, observe
 
@@ -323,3 +325,53 @@ def test_calibration_memory_does_not_grow_with_images() -> None:
 def test_affine_parameters_survive_pickling_free_storage() -> None:
     p = Affine(torch.tensor([0.1]), torch.tensor([-300.0]))
     assert Uniform(4, include_zero=False).decode(torch.tensor([0.0]), p).item() == pytest.approx(30.0)
+
+
+class Masked(Tiny):
+    """Attention under a mask of each image's own, and under one for all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        own = x.mean(-1)[:, None, None]
+        own = nn.functional.scaled_dot_product_attention(q, k, v, own)
+        both = own + nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=q.mean((0, 1, 3))[None, None, None]
+        )
+        return self.head(both.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("build", [Tiny, Masked])
+@pytest.mark.parametrize(("method", "span"), [("repq-vit", 1), ("adfq-vit", 1), ("igq-vit", 1), ("igq-vit", 2)])
+def test_attention_of_a_few_images_at_a_time_is_that_of_all(
+    build: type[nn.Module], method: str, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model, images = build(), torch.randn(6, 3, 16, 16)
+    quantized = vitquant.quantize(model, images, method, "w8a8", **QUICK.get(method, {}))
+    for operand in quantized.operands:
+        if isinstance(getattr(operand, "quantizer", None), InstanceGroups):
+            operand.quantizer = dataclasses.replace(operand.quantizer, span=span)
+    sizes = []
+    join = Passing.in_parts
+    monkeypatch.setattr(
+        Passing, "in_parts", lambda self, step, parts: sizes.append(len(parts)) or join(self, step, parts)
+    )
+    with torch.no_grad():
+        whole = quantized(images)
+        assert not sizes
+        monkeypatch.setattr("vitquant.artifact.passing.PART", 1)
+        torch.testing.assert_close(quantized(images), whole, rtol=1e-4, atol=1e-5)
+    assert sizes and set(sizes) == {6 // span}
+
+
+def test_attention_stays_whole_where_a_format_looks_at_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = Tiny(), torch.randn(6, 3, 16, 16)
+    quantized = vitquant.quantize(model, images, "repq-vit", "w8a8")
+    query = quantized.operands[[s.operand for s in quantized.sites].index("left")]
+    query.quantizer = ShiftLog(8, runtime_minimum=True)
+    query.names, query.minimum = ("scale", "minimum"), torch.zeros(1)
+    monkeypatch.setattr("vitquant.artifact.passing.PART", 1)
+    monkeypatch.setattr(Passing, "in_parts", lambda *_: pytest.fail("taken apart"))
+    with torch.no_grad():
+        assert quantized(images).isfinite().all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from torch import nn
 
 from vitquant.artifact.operands import Activation, Constant, Provenance, Weight
+from vitquant.artifact.passing import Passing
 from vitquant.artifact.store import Contents, load, save
 from vitquant.errors import PlanError
 from vitquant.integer import Arithmetic, IntegerRun
-from vitquant.numerics import Workspace
 from vitquant.recipe import State
 from vitquant.recipe.ledger import Ledger
-from vitquant.trace import Interceptor, Site
+from vitquant.trace import Site
 
 
 class QuantizedModel(nn.Module):
@@ -71,7 +70,7 @@ class QuantizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.arithmetic is not None:
             return self._on_integers(False, args, kwargs)
-        with Interceptor(self.model, self._passing()) as mode:
+        with Passing(self.model, dict(zip(self.sites, self.operands, strict=True))) as mode:  # type: ignore[arg-type]
             output = self.model(*args, **kwargs)
         mode.check_complete()
         return output
@@ -102,14 +101,6 @@ class QuantizedModel(nn.Module):
     def transforms(self) -> dict[Site, Any]:
         """What happens to each operand, by site."""
         return {site: operand.forward for site, operand in zip(self.sites, self.operands, strict=True)}
-
-    def _passing(self) -> dict[Site, Any]:
-        """The same, for one run: a quantized operand lives no longer than the call that reads it."""
-        workspace, done = Workspace(), self.transforms()
-        for site, operand in zip(self.sites, self.operands, strict=True):
-            if isinstance(operand, Activation) and site.operand != "output":
-                done[site] = partial(operand.forward, workspace=workspace, slot=site.operand)
-        return done
 
     def save(self, directory: str | Path) -> Path:
         """Write config.json and model.safetensors; see `vitquant.artifact.store`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,10 +10,11 @@ from torch import nn
 
 from vitquant.artifact import QuantizedModel
 from vitquant.artifact.operands import Activation, Weight
+from vitquant.artifact.passing import Passing
 from vitquant.export.lower import codes_of, integers_of, products
 from vitquant.integer.linears import GroupedLinear, OutlierLinear, UniformLinear
 from vitquant.numerics import PER_CHANNEL, InstanceGroups, OutlierAware
-from vitquant.trace import CallKey, Interceptor, Site
+from vitquant.trace import CallKey, Site
 
 SIGNED_BITS = 7
 """The widest codes whose distance from the zero-point is a signed byte."""
@@ -41,12 +42,12 @@ class IntegerModel(nn.Module):
                     self.products[call] = found
         self.layers = nn.ModuleList(self.products.values())
         covered = {Site(call, name) for call in self.products for name in ("input", "weight")}
-        self.transforms = {site: t for site, t in model.transforms().items() if site not in covered}
+        self.simulated = {site: o for site, o in zip(model.sites, model.operands, strict=True) if site not in covered}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.quantized.arithmetic is not None:
             return self.quantized(*args, **kwargs)
-        with _Run(self.quantized.model, self.transforms, self.products):
+        with _Run(self.quantized.model, self.simulated, self.products):
             return self.quantized.model(*args, **kwargs)
 
 
@@ -74,13 +75,13 @@ def _product(call: CallKey, model: QuantizedModel) -> nn.Module | str:
     return f"{quantizer.describe()} has no product of bytes"
 
 
-class _Run(Interceptor):
+class _Run(Passing):
     """Sends the covered products to their integer form. Attention stays fused where nothing inside is quantized."""
 
-    def __init__(self, model: nn.Module, transforms: Any, covered: dict[CallKey, Any]) -> None:
-        super().__init__(model, transforms)
+    def __init__(self, model: nn.Module, operands: Mapping[Site, Any], covered: dict[CallKey, Any]) -> None:
+        super().__init__(model, operands)
         self.covered = covered
-        self.inside = {site.call.scope for site in transforms if site.call.op not in ("linear", "conv", "norm")}
+        self.inside = {site.call.scope for site in operands if site.call.op not in ("linear", "conv", "norm")}
 
     def opens(self, func: Callable[..., Any]) -> bool:
         return func is not F.scaled_dot_product_attention or self.scope in self.inside

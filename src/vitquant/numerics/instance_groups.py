@@ -56,14 +56,14 @@ class InstanceGroups(Quantizer):
     include_zero: bool = False
 
     parameters: ClassVar[type] = Bank
+    static: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.groups < 1 or self.span < 1:
             raise UsageError(f"{type(self).__name__}: groups and span must be at least 1")
 
-    @property
-    def alone(self) -> int:
+    def together(self, dims: int) -> int:
         return self.span
 
     @property
@@ -100,7 +100,7 @@ class InstanceGroups(Quantizer):
         if self.groups == 1:
             return Affine(p.scale.reshape(()), p.zero.reshape(()))
         index = self.assign(x.detach(), p)
-        return Affine(p.scale[index], p.zero[index])
+        return Affine(p.scale[index], p.zero.new_zeros(()) if self.from_zero else p.zero[index])
 
     def encode_resolved(self, x: Tensor, p: Affine) -> Tensor:
         return self.grid.encode_resolved(x, p)

@@ -135,6 +135,9 @@ class ShiftLog(Quantizer):
         minimum = torch.where((low >= self.floor) & (low < 0), self.floor, low)
         return ShiftLogScale(*self.log.fit(torch.zeros_like(low), high - minimum), minimum)
 
+    def together(self, dims: int) -> int:
+        return 0 if self.runtime_minimum else super().together(dims)
+
     def resolve(self, x: Tensor, p: ShiftLogScale) -> ShiftLogScale:
         scale, minimum = (self.granularity.spread(field, x) for field in p)
         return ShiftLogScale(scale, x.min() if self.runtime_minimum else minimum)

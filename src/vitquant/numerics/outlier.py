@@ -7,11 +7,12 @@ from math import prod
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitquant.errors import UsageError
 from vitquant.numerics.granularity import PER_TOKEN, Granularity
-from vitquant.numerics.quantizer import Affine, Quantizer, checked_range, round_ste
+from vitquant.numerics.quantizer import Affine, Quantizer, checked_range, round_ste, runs_in_place
 from vitquant.numerics.uniform import Uniform
 
 VALUE_BITS, INDEX_BITS = 32, 16
@@ -21,8 +22,9 @@ VALUE_BITS, INDEX_BITS = 32, 16
 class OutlierGrid(NamedTuple):
     """Parameters, flat, one for each group (token).
 
-    scale, zero: the inliers' affine grid. threshold: the largest inlier, in the tensor's units. fraction: of the
-    elements that were outliers on the calibration images; 1 where only a range beyond the threshold is known.
+    scale, zero: the inliers' affine grid. threshold: the largest inlier, in the tensor's units, the same for all
+    groups. fraction: of the elements that were outliers on the calibration images; 1 where only a range beyond the
+    threshold is known.
     """
 
     scale: Tensor
@@ -62,10 +64,7 @@ class OutlierAware(Quantizer):
     dynamic: bool = False
 
     parameters: ClassVar[type] = OutlierGrid
-
-    @property
-    def alone(self) -> int:
-        return 1
+    static: ClassVar[bool] = False
 
     @property
     def grid(self) -> Uniform:
@@ -80,13 +79,19 @@ class OutlierAware(Quantizer):
 
     def resolve(self, x: Tensor, p: OutlierGrid) -> Settled:
         self._check_tokens(x, p)
-        threshold = self.granularity.spread(p.threshold, x)
-        outliers = x.detach().abs().gt_(threshold).mul_(x)  # a factor of 1 or 0: booleans are slow on CPUs
+        outliers = self._outliers(x, p)
         if not self.dynamic:
             spread = self.granularity.spread
             return Settled(spread(p.scale, x), spread(p.zero, x), outliers)
         inliers = x.detach() - outliers.detach()
         return Settled(*self.grid.fit(inliers.amin(-1, keepdim=True), inliers.amax(-1, keepdim=True)), outliers)
+
+    def _outliers(self, x: Tensor, p: OutlierGrid) -> Tensor:
+        """x where |x| > threshold, else 0."""
+        if runs_in_place(x):
+            return F.hardshrink(x, float(p.threshold[0]))
+        threshold = self.granularity.spread(p.threshold, x)
+        return x.detach().abs().gt_(threshold).mul_(x)  # a factor of 1 or 0: booleans are slow on CPUs
 
     def _check_tokens(self, x: Tensor, p: OutlierGrid) -> None:
         groups = prod(x.shape[a] for a in self.granularity.axes) // self.granularity.group

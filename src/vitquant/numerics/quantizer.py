@@ -58,12 +58,8 @@ class Quantizer(ABC):
 
     parameters: ClassVar[type] = Affine
     """The NamedTuple of this format's parameters. A field named `zero` holds integers."""
-
-    @property
-    def alone(self) -> int:
-        """Of a format that `resolve`s by what x holds: how many consecutive indices of axis 0 it looks at together.
-        0 where it sees all of x, or nothing of it."""
-        return 0
+    static: ClassVar[bool] = True
+    """Whether `resolve` only spreads the parameters, whatever x holds."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
@@ -108,6 +104,11 @@ class Quantizer(ABC):
         """
         return type(p)(*(self.granularity.spread(field, x) for field in p))
 
+    def together(self, dims: int) -> int:
+        """How many consecutive indices of axis 0 of a tensor of `dims` axes are encoded with no look at the others;
+        0: only all of them."""
+        return 0 if 0 in {a % dims for a in self.granularity.axes} else 1
+
     @abstractmethod
     def encode_resolved(self, x: Tensor, p: Params) -> Tensor:
         """Codes of x: integer-valued, in x's dtype and shape, within `code_range`. p: from `resolve`."""
@@ -129,7 +130,7 @@ class Quantizer(ABC):
 
         workspace, slot: where the result may lie, if it is read before the slot is asked for again.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        if not runs_in_place(x):
             p = self.resolve(x, p)
             return self.decode_resolved(self.encode_resolved(x, p), p)
         # Memory traffic is what this costs: a part that fits in the cache goes through all steps at once.
@@ -143,8 +144,9 @@ class Quantizer(ABC):
         rows = rows_of_a_part(x)
         if x.dim() < 2 or rows >= len(x):
             return [(x, out, self.resolve(x, p))]
-        if self.alone and 0 not in {a % x.dim() for a in self.granularity.axes}:
-            rows = max(rows // self.alone, 1) * self.alone
+        together = self.together(x.dim())
+        if together and not self.static:
+            rows = max(rows // together, 1) * together
             pairs = zip(x.split(rows), out.split(rows), strict=True)
             return ((part, target, self.resolve(part, p)) for part, target in pairs)
         resolved, parts = self.resolve(x, p), x.split(rows)
@@ -189,6 +191,11 @@ class Workspace:
         if x.stride(-2) < x.stride(-1):
             return free.view(x.mT.shape).mT
         return free.view(x.shape)
+
+
+def runs_in_place(x: Tensor) -> bool:
+    """Whether work on x is worth cutting into parts of overwritten memory: on a CPU, with no graph being recorded."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu"
 
 
 def rows_of_a_part(x: Tensor) -> int:

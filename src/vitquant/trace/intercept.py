@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in COMPOSITES and self.opens(func):
-            return self._resume(COMPOSITES[func], args, kwargs)
+            return self._resume(self.take_apart, func, args, kwargs)
         operation, args = recognise(func, args)
         if operation is None:
             return self.other(func, args, kwargs)
@@ -89,11 +89,11 @@ class Interceptor(TorchFunctionMode):
         self._ordinals[scope, operation.op] += 1
         return CallKey(scope, operation.op, ordinal)
 
-    def _resume(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run `func` with the interception on again: torch switches it off inside __torch_function__."""
+    def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
+        """step(*args) with the interception on again: torch switches it off inside __torch_function__."""
         TorchFunctionMode.__enter__(self)
         try:
-            return func(*args, **kwargs)
+            return step(*args)
         finally:
             TorchFunctionMode.__exit__(self, None, None, None)
 
@@ -120,6 +120,18 @@ class Interceptor(TorchFunctionMode):
     def opens(self, func: Callable[..., Any]) -> bool:
         """Whether a fused function is taken apart where the model calls it now."""
         return True
+
+    def take_apart(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """A fused function in the visible steps that it stands for, each of which comes back to this interceptor."""
+        return COMPOSITES[func](*args, **kwargs)
+
+    def in_parts(self, step: Callable[[Any], Tensor], parts: Iterable[Any]) -> Tensor:
+        """step(part) of every part, joined along axis 0; all under the same keys, since the model makes one call."""
+        ordinals, visited, results = self._ordinals.copy(), self._visited, []
+        for part in parts:
+            self._ordinals, self._visited = ordinals.copy(), visited
+            results.append(step(part))
+        return torch.cat(results)
 
     def other(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Any other torch function."""
