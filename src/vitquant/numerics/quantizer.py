@@ -147,8 +147,9 @@ class Quantizer(ABC):
         together = self.together(x.dim())
         if together and not self.static:
             rows = max(rows // together, 1) * together
-            pairs = zip(x.split(rows), out.split(rows), strict=True)
-            return ((part, target, self.resolve(part, p)) for part, target in pairs)
+            # Memory is read in order once; ranges of channels would read it column by column.
+            copies = (target.copy_(part) for part, target in zip(x.split(rows), out.split(rows), strict=True))
+            return ((copy, copy, self.resolve(copy, p)) for copy in copies)
         resolved, parts = self.resolve(x, p), x.split(rows)
         cut = [f.split(rows) if f.dim() == x.dim() and len(f) == len(x) else (f,) * len(parts) for f in resolved]
         own = (type(resolved)(*fields) for fields in zip(*cut, strict=True))

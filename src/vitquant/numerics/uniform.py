@@ -64,10 +64,9 @@ class Uniform(Quantizer):
     def round_trip(self, x: Tensor, p: Affine, out: Tensor) -> Tensor:
         low, high = self.code_range
         torch.div(x, p.scale, out=out).round_()
-        # Clipped before the zero-point is added: what is added would only be taken away again.
         if p.zero.ndim:
-            out.clamp_(min=low - p.zero).clamp_(max=high - p.zero)
-        else:
+            out.add_(p.zero).clamp_(low, high).sub_(p.zero)
+        else:  # clipped before the zero-point is added: what is added would only be taken away again
             zero = float(p.zero)
             out.clamp_(low - zero, high - zero)
         return out.mul_(p.scale)
