@@ -129,6 +129,16 @@ def _in_floating_point(call: CallKey, lowered: dict[Site, Lowering], model: Quan
     return changed
 
 
+def without_bytes(lowered: dict[Site, Lowering], op: str, why: str) -> dict[Site, Lowering]:
+    """The same, with the results of every operation `op` rounded in floating point, to the same levels."""
+    changed = {}
+    for site, old in lowered.items():
+        if site.call.op == op and site.operand == "output" and old.form is not None:
+            how = f"{old.verdict.how}, but rounded in floating point: {why}"
+            changed[site] = Lowering(replace(old.verdict, kind=Kind.FLOAT, how=how), None)
+    return lowered | changed
+
+
 _Result = tuple[Kind, str, float, Any]
 
 
