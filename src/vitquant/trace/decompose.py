@@ -27,16 +27,23 @@ def attention(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.matmul(query * scale, key.transpose(-2, -1))
     if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        logits = logits.masked_fill(attn_mask.logical_not(), -torch.inf) if boolean else logits + attn_mask
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    return _attend(query * scale, key, value, attn_mask, dropout_p)[0]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(q·kᵀ + mask)·v and the probabilities; a boolean mask says what is seen."""
+    logits = torch.matmul(query, key.transpose(-2, -1))
+    if mask is not None:
+        boolean = mask.dtype == torch.bool
+        logits = logits.masked_fill(mask.logical_not(), -torch.inf) if boolean else logits + mask
     probs = torch.softmax(logits, -1)
     if dropout_p:
         probs = F.dropout(probs, dropout_p)
-    return torch.matmul(probs, value)
+    return torch.matmul(probs, value), probs
 
 
 def multi_head_attention(
@@ -96,15 +103,15 @@ def multi_head_attention(
     mask = _merged_mask(attn_mask, key_padding_mask, batch, num_heads, extra, q.dtype)
 
     q, k, v = (t.reshape(t.shape[0], batch, num_heads, dim // num_heads).permute(1, 2, 0, 3) for t in (q, k, v))
-    logits = torch.matmul(q * (dim // num_heads) ** -0.5, k.transpose(-2, -1))
-    if mask is not None:
-        logits = logits + mask
-    probs = torch.softmax(logits, -1)
-    if dropout_p and training:
-        probs = F.dropout(probs, dropout_p)
-    context = torch.matmul(probs, v).permute(0, 2, 1, 3).reshape(batch, length, dim)
+    dropout_p = dropout_p if training else 0.0
+    weights_out = None
+    if need_weights:
+        context, probs = _attend(q * (dim // num_heads) ** -0.5, k, v, mask, dropout_p)
+        weights_out = probs.mean(1) if average_attn_weights else probs
+    else:
+        context = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    context = context.permute(0, 2, 1, 3).reshape(batch, length, dim)
     out = F.linear(context, out_proj_weight, out_proj_bias).transpose(0, 1)
-    weights_out = (probs.mean(1) if average_attn_weights else probs) if need_weights else None
     if batched:
         return out, weights_out
     return out.squeeze(1), None if weights_out is None else weights_out.squeeze(0)
