@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vitquant
 from vitquant.artifact import QuantizedModel
 from vitquant.artifact.operands import Activation
+from vitquant.errors import PlanError
 from vitquant.export.runtime import IntegerModel
 from vitquant.integer.linears import UniformLinear
+from vitquant.integer.patches import Patches
 from vitquant.integer.product import Int8Product, bytes_of, int8_sums
 from vitquant.trace import CallKey, Interceptor, Site
 
@@ -38,6 +40,34 @@ def vit() -> nn.Module:
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.sampled_from([0, 2, "same", "valid"]),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=50, deadline=None)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_a_convolution_is_a_product_of_patches(
+    axes: int, kernel: int, stride: int, dilation: int, padding: Any, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stride = 1 if padding == "same" else stride
+    x = torch.randint(-9, 9, (2, 3, *[6, 7, 8][:axes]), generator=generator).double()
+    weight = torch.randint(-9, 9, (4, 3, *[kernel, 2, 3][:axes]), generator=generator).double()
+    convolve = getattr(nn.functional, f"conv{axes}d")
+    rows = Patches.of(weight, stride, padding, dilation=dilation)(x)
+    expected = convolve(x, weight, None, stride, padding, dilation)
+    assert torch.equal((rows @ weight.flatten(1).T).movedim(-1, 1), expected)
+
+
+def test_a_convolution_of_groups_has_no_patches() -> None:
+    with pytest.raises(PlanError, match="groups"):
+        Patches.of(torch.zeros(4, 1, 3, 3), groups=2)
 
 
 @given(st.sampled_from([torch.uint8, torch.int8]), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31))

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitquant.errors import PlanError
 from vitquant.integer.dyadic import half, reciprocal
+from vitquant.integer.patches import Patches
 from vitquant.integer.product import Int8Product, bytes_of, int8_sums
 from vitquant.integer.softmax import exp_bits, exp_reach, ibert_exp, integer_exp, log_quotient
 from vitquant.integer.widths import fitting
@@ -200,18 +200,9 @@ class Integers:
     def conv(
         self, func: Function, weight: Tensor, bias: Tensor, shift: Tensor, bound: int, settings: Any
     ) -> Function:
-        run = self.linear(weight.flatten(1), bias, shift, bound)
-        stride, padding = _plain_conv(weight, settings)
-
-        def patches(x: Tensor) -> Tensor:
-            x = F.pad(x, [p for pair in reversed(padding) for p in (pair, pair)])
-            for axis, step in enumerate(stride):
-                x = x.unfold(axis + 2, weight.shape[axis + 2], step)
-            axes = len(stride)
-            x = x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
-            return run(x.flatten(axes + 1)).movedim(-1, 1)
-
-        return patches
+        args, kwargs = settings
+        run, patches = self.linear(weight.flatten(1), bias, shift, bound), Patches.of(weight, *args, **kwargs)
+        return lambda x: run(patches(x)).movedim(-1, 1)
 
     def matmul(self, shift: Tensor, bound: int) -> Function:
         dtype, by = fitting(bound, self.dtypes), int(shift)
@@ -268,18 +259,3 @@ def _exp(distance: Tensor, scale: float, terms: int, bits: int | None, faithful:
 def reach_of(scale: float, terms: int, faithful: bool) -> int:
     """The distance below the maximum from which on the exponential does not change."""
     return exp_reach(scale, 30 if faithful else exp_bits(terms), faithful)
-
-
-def _plain_conv(weight: Tensor, settings: Any) -> tuple[list[int], list[int]]:
-    """Stride and padding per axis. Raises PlanError for what integers do not do here: groups, dilation, 'same'."""
-    args, kwargs = settings
-    given = dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
-    axes = weight.dim() - 2
-
-    def each(name: str, default: int) -> list[int]:
-        value = given.get(name, default)
-        return [value] * axes if isinstance(value, int) else list(value) * (axes // len(value))
-
-    if isinstance(given.get("padding"), str) or given.get("groups", 1) != 1 or set(each("dilation", 1)) != {1}:
-        raise PlanError("an integer-only convolution has no groups, no dilation and numbers for its padding")
-    return each("stride", 1), each("padding", 0)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitquant.integer.patches import Patches
 from vitquant.integer.product import Int8Product
 from vitquant.numerics import Affine, Bank, InstanceGroups, OutlierAware, OutlierGrid
-from vitquant.numerics.quantizer import rows_of_a_part
+from vitquant.numerics.quantizer import in_parts
 
 
 class UniformLinear(nn.Module):
@@ -33,44 +34,17 @@ class UniformLinear(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """x on its grid: uint8 in x's shape."""
         out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        rows = rows_of_a_part(x)
-        for part, target in zip(x.split(rows), out.split(rows), strict=True):
+        for part, target in in_parts(x, out):
             target.copy_((part / self.scale).round_().add_(self.zero).clamp_(self.low, self.high))
         return out
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.product(self.codes(input), self.zero, bias)
 
-    def conv(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        """conv2d of one group: patches as rows. Padding is real zeros, whose code is the zero-point."""
-        ky, kx = weight.shape[-2:]
-        (sy, sx), (dy, dx) = _pair(stride), _pair(dilation)
-        if padding == "same":
-            y, x = dy * (ky - 1), dx * (kx - 1)
-            edges = (x // 2, x - x // 2, y // 2, y - y // 2)
-        else:
-            py, px = _pair(0 if padding == "valid" else padding)
-            edges = (px, px, py, py)
-        codes = F.pad(self.codes(input), edges, value=self.zero)
-        height, width = (
-            (codes.shape[-2] - dy * (ky - 1) - 1) // sy + 1,
-            (codes.shape[-1] - dx * (kx - 1) - 1) // sx + 1,
-        )
-        b, c, h, w = codes.stride()
-        patches = codes.as_strided(
-            (len(codes), height, width, codes.shape[1], ky, kx), (b, h * sy, w * sx, c, h * dy, w * dx)
-        )
-        rows = patches.reshape(len(codes), height, width, -1)
-        return self.product(rows, self.zero, bias).permute(0, 3, 1, 2)
+    def conv(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """A convolution of one group. Padding is real zeros, whose code is the zero-point."""
+        rows = Patches.of(weight, *args, **kwargs)(self.codes(input), self.zero)
+        return self.product(rows, self.zero, bias).movedim(-1, 1)
 
 
 class OutlierLinear(nn.Module):
@@ -91,7 +65,7 @@ class OutlierLinear(nn.Module):
         self.register_buffer("decoded", (values * step.reshape(-1, 1)).T.contiguous())
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _in_parts(self._part, input, bias, len(weight))
+        return _part_by_part(self._part, input, bias, len(weight))
 
     def _part(self, x: Tensor, bias: Tensor | None) -> Tensor:
         settled = self.quantizer.resolve(x, self.p)
@@ -123,7 +97,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("decoded", values * step.reshape(-1, 1))
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _in_parts(self._part, input, bias, len(weight), self.quantizer.span)
+        return _part_by_part(self._part, input, bias, len(weight), self.quantizer.span)
 
     def _part(self, x: Tensor, bias: Tensor | None) -> Tensor:
         index = self.quantizer.assign(x, self.p)
@@ -136,18 +110,11 @@ class GroupedLinear(nn.Module):
         return out
 
 
-def _in_parts(
+def _part_by_part(
     run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, bias: Tensor | None, outputs: int, span: int = 1
 ) -> Tensor:
     """run(x, bias), x cut along its first axis into parts that fit the cache, multiples of `span`."""
-    rows = max(rows_of_a_part(x) // span, 1) * span
-    if rows >= len(x):
-        return run(x, bias)
     out = torch.empty(*x.shape[:-1], outputs, device=x.device)
-    for part, target in zip(x.split(rows), out.split(rows), strict=True):
+    for part, target in in_parts(x, out, span=span):
         target.copy_(run(part, bias))
     return out
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[-1]) if isinstance(value, (tuple, list)) else (value, value)

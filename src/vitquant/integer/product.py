@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitquant.numerics.quantizer import PART
+from vitquant.numerics.quantizer import in_parts
 
 SIGNED = 128
 """What turns unsigned codes into the signed ones that `torch._int_mm` takes."""
@@ -45,9 +45,8 @@ class Int8Product(nn.Module):
 
 def bytes_of(x: Tensor, zero: int) -> Tensor:
     """x + zero as uint8: x holds integers in floating point, part by part so that they stay in the cache."""
-    x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    for part, target in zip(x.view(-1).split(PART), out.view(-1).split(PART), strict=True):
+    for part, target in in_parts(x, out):
         target.copy_(part + zero)
     return out
 

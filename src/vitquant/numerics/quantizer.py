@@ -140,20 +140,19 @@ class Quantizer(ABC):
         return out
 
     def _parts(self, x: Tensor, out: Tensor, p: Params) -> Iterable[tuple[Tensor, Tensor, Params]]:
-        """x and out cut along the first axis into parts of about `PART` elements, with their resolved parameters."""
-        rows = rows_of_a_part(x)
-        if x.dim() < 2 or rows >= len(x):
+        """x and out in parts that fit the cache, with their resolved parameters."""
+        if x.dim() < 2:
             return [(x, out, self.resolve(x, p))]
         together = self.together(x.dim())
         if together and not self.static:
-            rows = max(rows // together, 1) * together
             # Memory is read in order once; ranges of channels would read it column by column.
-            copies = (target.copy_(part) for part, target in zip(x.split(rows), out.split(rows), strict=True))
+            copies = (target.copy_(part) for part, target in in_parts(x, out, span=together))
             return ((copy, copy, self.resolve(copy, p)) for copy in copies)
-        resolved, parts = self.resolve(x, p), x.split(rows)
+        resolved, parts = self.resolve(x, p), in_parts(x, out)
+        rows = len(parts[0][0])
         cut = [f.split(rows) if f.dim() == x.dim() and len(f) == len(x) else (f,) * len(parts) for f in resolved]
         own = (type(resolved)(*fields) for fields in zip(*cut, strict=True))
-        return zip(parts, out.split(rows), own, strict=True)
+        return ((part, target, mine) for (part, target), mine in zip(parts, own, strict=True))
 
     def round_trip(self, x: Tensor, p: Params, out: Tensor) -> Tensor:
         """decode(encode(x)) written into `out`; no gradient. p: from `resolve`."""
@@ -199,9 +198,12 @@ def runs_in_place(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.device.type == "cpu"
 
 
-def rows_of_a_part(x: Tensor) -> int:
-    """How many indices of x's first axis make about `PART` elements; at least 1."""
-    return max(PART * len(x) // max(x.numel(), 1), 1)
+def in_parts(*tensors: Tensor, span: int = 1) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike along axis 0, into parts of about `PART` elements of the first one and of a multiple of
+    `span` indices."""
+    x = tensors[0]
+    rows = max(PART * len(x) // max(x.numel(), 1) // span, 1) * span
+    return list(zip(*(t.split(rows) for t in tensors), strict=True))
 
 
 def checked_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
