@@ -70,8 +70,8 @@ ROWS = [
     Row("repq-vit", "w4a4", options='{"reparam": false}', seeds=ONE),
     Row("repq-vit", "w4a4", options='{"extra_zero": true}'),
     Row("repq-vit", "w4a4"),
-    Row("adfq-vit", "w4a4", options='{"optimise": false}', seeds=ONE, against="repq-vit (reparam=False)"),
-    Row("adfq-vit", "w4a4", 128, '{"optimise": false}', ONE, "repq-vit (reparam=False)"),
+    Row("adfq-vit", "w4a4", options='{"optimise": false}', against="repq-vit (reparam=False)"),
+    Row("adfq-vit", "w4a4", 128, '{"optimise": false}', against="repq-vit (reparam=False)"),
     Row("adfq-vit", "w4a4", 128, json.dumps({"iterations": 300, **FAST}), ONE, "adfq-vit (optimise=False)"),
     Row(
         "adfq-vit",
@@ -81,9 +81,9 @@ ROWS = [
         ONE,
         "adfq-vit (optimise=False)",
     ),
-    Row("igq-vit", "w4a4", seeds=ONE),
-    Row("igq-vit", "w4a4", options='{"groups": 12}', seeds=ONE, against="igq-vit"),
-    Row("igq-vit", "w4a4", options='{"allocate": true}', seeds=ONE, against="igq-vit"),
+    Row("igq-vit", "w4a4"),
+    Row("igq-vit", "w4a4", options='{"groups": 12}', against="igq-vit"),
+    Row("igq-vit", "w4a4", options='{"allocate": true}', against="igq-vit"),
 ]
 
 
