@@ -39,9 +39,9 @@ class Passing(Interceptor):
 
     def take_apart(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         whole = super().take_apart
-        if func is not F.scaled_dot_product_attention:
+        given = _ATTENTION.bind(*args, **kwargs).arguments if func is F.scaled_dot_product_attention else {}
+        if not given or not runs_in_place(given["query"]):
             return whole(func, args, kwargs)
-        given = _ATTENTION.bind(*args, **kwargs).arguments
         query, mask = given["query"], given.get("attn_mask")
         rows = self._rows(query, given["key"])
         if rows >= len(query):
@@ -56,7 +56,7 @@ class Passing(Interceptor):
     def _rows(self, query: Tensor, key: Tensor) -> int:
         """How many images' attention fits in the cache, if they need not be seen together; else all of them."""
         together = [format.together(query.dim()) for format in self._formats.get(self.scope, [])]
-        if 0 in together or not runs_in_place(query) or len(key) != len(query):
+        if 0 in together or len(key) != len(query):
             return len(query)
         step, logits = lcm(*together), prod(query.shape[1:-1]) * key.shape[-2]
         return max(2 * PART // max(logits, 1) // step, 1) * step

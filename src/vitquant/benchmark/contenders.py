@@ -104,17 +104,21 @@ def _ours(artifact: QuantizedModel, images: Tensor, directory: Path) -> Prepared
 
         return make
 
-    def integer() -> tuple[str, Path, list[Path], dict[str, Any]]:
-        _source(artifact)
-        path = artifact.save(directory / "artifact")
-        return "integer", path, sorted(path.iterdir()), {}
+    def integer(**options: bool) -> Callable[[], Any]:
+        def make() -> tuple[str, Path, list[Path], dict[str, Any]]:
+            _source(artifact)
+            path = artifact.save(directory / "artifact")
+            return "integer", path, sorted(path.iterdir()), options
+
+        return make
 
     return [
         _attempt("ours, ONNX Runtime", "ours", exported("onnx", "onnxruntime")),
         _attempt("ours, OpenVINO", "ours", exported("openvino", "openvino", precision="f32")),
         _attempt("ours, OpenVINO, rest in bf16", "ours", exported("openvino", "openvino", precision="bf16")),
         _attempt("ours, torch.export (simulated)", "ours", exported("torch", "torch")),
-        _attempt("ours, portable runtime", "ours", integer),
+        _attempt("ours, portable runtime", "ours", integer()),
+        _attempt("ours, portable runtime, compiled", "ours", integer(compile=True)),
     ]
 
 

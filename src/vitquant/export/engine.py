@@ -85,12 +85,13 @@ def eager(path: str, threads: int = 0, compile: bool = False, bf16: bool = False
     return _torch(torch.compile(module) if compile else module, threads, bf16)
 
 
-def integer(path: str, threads: int = 0) -> Run:
+def integer(path: str, threads: int = 0, compile: bool = False) -> Run:
     """An artifact's directory, on this package's own runtime."""
     import vitquant
-    from vitquant.export.runtime import IntegerModel
+    from vitquant.export.runtime import IntegerModel, compiled
 
-    return _torch(IntegerModel(vitquant.load(path)), threads)
+    model = IntegerModel(vitquant.load(path))
+    return _torch(compiled(model) if compile else model, threads)
 
 
 def _torch(module: Callable[..., Any], threads: int, bf16: bool = False) -> Run:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from vitquant.artifact import QuantizedModel
 from vitquant.artifact.operands import Activation, Weight
 from vitquant.artifact.passing import Passing
+from vitquant.errors import ExportError
 from vitquant.export.lower import codes_of, integers_of, products
 from vitquant.integer.linears import GroupedLinear, OutlierLinear, UniformLinear
 from vitquant.numerics import PER_CHANNEL, InstanceGroups, OutlierAware
@@ -49,6 +52,38 @@ class IntegerModel(nn.Module):
             return self.quantized(*args, **kwargs)
         with _Run(self.quantized.model, self.simulated, self.products):
             return self.quantized.model(*args, **kwargs)
+
+
+def compiled(model: IntegerModel) -> Callable[[Tensor], Any]:
+    """The model as one compiled program: no Python between operations, rounding joined with what comes before it.
+
+    Through `torch.export` and `torch.compile`, on the first images and again when their number changes; that takes
+    about a minute and a C++ compiler. Its numbers differ from the model's as those of another engine do: by last
+    bits, and by the roundings that these turn. Raises ExportError for what looks at the data (outliers, run-time
+    groups) and for an execution on integers.
+    """
+    looking = [type(layer).__name__ for layer in model.layers if not isinstance(layer, UniformLinear)]
+    if model.quantized.arithmetic is not None or looking:
+        what = looking[0] if looking else "an execution on integers"
+        raise ExportError(f"the portable runtime compiles products on one grid for all of their input, not {what}")
+    run: Callable[[Tensor], Any] | None = None
+
+    def frozen(images: Tensor) -> Any:
+        nonlocal run
+        # Packed weights must be constants, whenever a new size is compiled.
+        with torch.inference_mode(False), torch.no_grad(), inductor.patch(freezing=True):
+            if run is None:
+                run = torch.compile(_program(model, images[:1]))
+            return run(images)
+
+    return frozen
+
+
+def _program(model: IntegerModel, image: Tensor) -> nn.Module:
+    """Every operation of the model, for any number of images."""
+    batch = (({0: torch.export.Dim("batch", min=1, max=1024)},),)
+    two = image.repeat(2, *[1] * (image.dim() - 1))
+    return torch.export.export(model, (two,), dynamic_shapes=batch, strict=False).module()
 
 
 def _product(call: CallKey, model: QuantizedModel) -> nn.Module | str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitquant.integer.patches import Patches
 from vitquant.integer.product import Int8Product
 from vitquant.numerics import Affine, Bank, InstanceGroups, OutlierAware, OutlierGrid
-from vitquant.numerics.quantizer import in_parts
+from vitquant.numerics.quantizer import in_parts, runs_in_place
 
 
 class UniformLinear(nn.Module):
@@ -33,7 +33,9 @@ class UniformLinear(nn.Module):
 
     def codes(self, x: Tensor) -> Tensor:
         """x on its grid: uint8 in x's shape."""
-        out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        if not runs_in_place(x):
+            return (x / self.scale).round().add(self.zero).clamp(self.low, self.high).to(torch.uint8)
+        out = torch.empty(x.shape, dtype=torch.uint8)
         for part, target in in_parts(x, out):
             target.copy_((part / self.scale).round_().add_(self.zero).clamp_(self.low, self.high))
         return out
