@@ -59,7 +59,7 @@ class Quantizer(ABC):
     parameters: ClassVar[type] = Affine
     """The NamedTuple of this format's parameters. A field named `zero` holds integers."""
     static: ClassVar[bool] = True
-    """Whether `resolve` only spreads the parameters, whatever x holds."""
+    """False where `resolve` works through all that x holds, which is then done part by part."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
