@@ -63,14 +63,15 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def quantized(model: nn.Module, method: str = "deploy-int8", bits: str = "w8a8") -> QuantizedModel:
-    return vitquant.quantize(model, images(8), method=method, bits=bits)
+def quantized(model: nn.Module, method: str = "deploy-int8", bits: str = "w8a8", **options: object) -> QuantizedModel:
+    return vitquant.quantize(model, images(8), method=method, bits=bits, **options)
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("build", [vit, swin, hugging_face])
-def test_engines_compute_what_the_artifact_does(build: object, format: str, tmp_path: Path) -> None:
-    model = quantized(build())  # type: ignore[operator]
+def test_engines_compute_what_the_artifact_does(build: object, attention: bool, format: str, tmp_path: Path) -> None:
+    model = quantized(build(), attention=attention)  # type: ignore[operator]
     report = export(model, images(), tmp_path, format)
     assert report.ok, report.summary()
     certificate = report.certificate
@@ -79,6 +80,8 @@ def test_engines_compute_what_the_artifact_does(build: object, format: str, tmp_
     sites = [str(s) for s in model.sites if s.operand in ("input", "left", "right")]
     assert set(sites) <= {layer.site for layer in certificate.layers}
     assert {v.kind for v in report.verdicts} == {Kind.EXACT}
+    signed = {v.role for v in report.verdicts if v.how == "int8 grid"}
+    assert signed == ({"query", "key", "value"} if attention else set())
     saved = json.loads((tmp_path / f"{report.path.name}.report.json").read_text())
     assert saved["certificate"]["ok"] and len(saved["verdicts"]) == len(report.verdicts)
 
@@ -206,7 +209,7 @@ def test_a_wrong_result_is_found_and_named(tmp_path: Path) -> None:
     graph, names = to_onnx.realise(traced, changed, {}, taps=lambda _: True)
     onnx.save(graph, tmp_path / "tapped.onnx")
     found = parity.run("onnxruntime", tmp_path / "tapped.onnx", images(2), lambda _: None)
-    tensors = {s: found[n] / to_onnx.TAP for s, n in names.items()}
+    tensors = {s: found[n] for s, n in names.items()}
     layers = compare(model, images(2), changed, {**tensors, "logits": found["logits"]})
     assert [layer.site for layer in layers if not layer.ok] == [str(site)]
     failing = parity.Certificate("onnxruntime", layers, 1.0, 2, 0.5)

@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Codes:
-    """An activation as uint8: x̂ = step · (code - zero), low <= code <= high.
+    """An activation as a byte: x̂ = step · (code - zero), low <= code <= high, signed where low < 0.
 
     rounds: the grid's own rounding is the format's, so nothing has to be computed before it.
     """
@@ -99,7 +99,9 @@ def lower(model: QuantizedModel, approximate: bool = False) -> dict[Site, Loweri
             continue
         assert isinstance(operand, Activation)
         kind, how, error, form = (
-            _weight(operand) if isinstance(operand, Weight) else _activation(operand, approximate)
+            _weight(operand)
+            if isinstance(operand, Weight)
+            else _activation(operand, approximate, signed=site.operand in _PAIR)
         )
         entry = model.ledger.entries[str(site)]
         done[site] = Lowering(Verdict(str(site), entry.role, entry.format, kind, how, error), form)
@@ -141,8 +143,13 @@ def without_bytes(lowered: dict[Site, Lowering], op: str, why: str) -> dict[Site
 
 _Result = tuple[Kind, str, float, Any]
 
+_PAIR = ("left", "right")
+"""The operands of a product of two activations."""
 
-def _activation(operand: Activation, approximate: bool) -> _Result:
+
+def _activation(operand: Activation, approximate: bool, signed: bool = False) -> _Result:
+    """signed: a signed byte without a zero-point where the levels fit into one. Engines multiply two activations
+    fastest so, and an activation by a weight fastest as an unsigned byte."""
     quantizer, name = operand.quantizer, type(operand.quantizer).__name__
     reason = f"{name} is computed in floating point"
     if quantizer.granularity.axes:
@@ -158,10 +165,12 @@ def _activation(operand: Activation, approximate: bool) -> _Result:
     grid = _on_integers(levels, _steps(levels, operand.params))
     if grid is not None:
         low, high = int(grid[0].min()), int(grid[0].max())
-        zero = max(0, -low)
-        if zero <= 255 and zero + high <= 255:
+        signed = signed and -128 <= low < 0 and high <= 127
+        zero = 0 if signed else max(0, -low)
+        if signed or zero + max(high, 0) <= 255:
             rounds = type(quantizer) is Uniform
-            how = "uint8 grid" if rounds else f"{name} rounds in floating point; its levels are a uint8 grid"
+            grid_of = f"{'int8' if signed else 'uint8'} grid"
+            how = grid_of if rounds else f"{name} rounds in floating point; its levels are a {grid_of}"
             return Kind.EXACT, how, 0, Codes(float(grid[1]), zero, low + zero, high + zero, rounds)
     if approximate and float(levels.min()) >= 0:
         step = levels.max() / 255

@@ -19,9 +19,6 @@ from vitquant.trace import Site
 OPSET = 21
 """The first with four-bit integers."""
 
-TAP = 2.0
-"""What tapped tensors are multiplied by."""
-
 
 def trace(model: MarkedModel, image: Tensor) -> onnx.ModelProto:
     """The graph with markers, batch dimension dynamic. image: (n, channels, height, width), n >= 2.
@@ -76,7 +73,7 @@ def realise(
     traced: onnx.ModelProto,
     lowered: Mapping[Site, Lowering],
     metadata: Mapping[str, str],
-    taps: Callable[[str], bool] | None = None,
+    taps: Callable[[Site], bool] | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The graph for engines, and the outputs added for comparison: {name of a marker: name of its tensor}.
 
@@ -87,7 +84,7 @@ def realise(
     graph = _Graph(model.graph, {str(site): low.form for site, low in lowered.items()})
     found = graph.replace_markers()
     if taps is not None:
-        found = graph.add_taps({site: name for site, name in found.items() if taps(site)})
+        found = graph.add_taps({site: name for site, name in found.items() if taps(Site.parse(site))})
     graph.drop_unused()
     opsets = [o for o in model.opset_import if o.domain != DOMAIN]
     del model.opset_import[:]
@@ -143,9 +140,10 @@ class _Graph:
         if (source, form) in self.quantized:
             return self.quantized[source, form]
         step = self._constant(f"{site}.scale", form.step, TensorProto.FLOAT)
-        zero = self._constant(f"{site}.zero", form.zero, TensorProto.UINT8)
+        kind = TensorProto.INT8 if form.low < 0 else TensorProto.UINT8
+        zero = self._constant(f"{site}.zero", form.zero, kind)
         x, codes, result = source, f"{site}.codes", f"{site}.decoded"
-        if (form.low, form.high) != (0, 255) and form.rounds:
+        if (form.low, form.high) not in ((0, 255), (-128, 127)) and form.rounds:
             low = self._constant(f"{site}.low", form.step * (form.low - form.zero), TensorProto.FLOAT)
             high = self._constant(f"{site}.high", form.step * (form.high - form.zero), TensorProto.FLOAT)
             x = self._node("Clip", [x, low, high], f"{site}.clipped")
@@ -221,11 +219,13 @@ class _Graph:
             )
 
     def add_taps(self, found: Mapping[str, str]) -> dict[str, str]:
-        """Outputs that show inner tensors times TAP. A plain output would let engines compute in place over it
-        (OpenVINO does) or fold it away; a power of two loses nothing."""
-        self.graph.initializer.append(helper.make_tensor("tap.factor", TensorProto.FLOAT, [], [TAP]))
+        """Outputs that show inner tensors: the larger of each and the least of floats. A plain output would let
+        engines compute in place over it (OpenVINO does) or fold it away, a factor join those of the integers before
+        it (OpenVINO 2026.4 then loses one of them)."""
+        least = float(torch.finfo(torch.float32).min)
+        self.graph.initializer.append(helper.make_tensor("tap.least", TensorProto.FLOAT, [], [least]))
         for name in dict.fromkeys(found.values()):
-            node = helper.make_node("Mul", [name, "tap.factor"], [f"{name}.tap"], name=f"{name}.tap")
+            node = helper.make_node("Max", [name, "tap.least"], [f"{name}.tap"], name=f"{name}.tap")
             self.graph.node.append(node)
             self.graph.output.append(helper.make_tensor_value_info(f"{name}.tap", TensorProto.FLOAT, None))
         return {site: f"{name}.tap" for site, name in found.items()}

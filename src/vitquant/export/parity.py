@@ -90,9 +90,10 @@ def compare(
 ) -> tuple[Layer, ...]:
     """Every operand and product of an engine's run, each against the artifact's arithmetic on the same inputs.
 
-    tensors: what the engine had, by marker. The artifact runs on `image`
-    beside it; after each comparison it goes on with the engine's tensor, so a rounding that falls the other way
-    at a tie stays in its layer. An operand passes if it lies between those of inputs moved by the tolerance.
+    tensors: what the engine had, by marker. The artifact runs on `image` beside it; after each comparison it goes on
+    with the engine's tensor, so a rounding that falls the other way at a tie stays in its layer. A product that is
+    not among them is seen in the next operand. An operand passes if it lies between those of inputs moved by the
+    tolerance.
     """
     layers: list[Layer] = []
 
@@ -122,7 +123,10 @@ def compare(
         if isinstance(place, Activation) and not isinstance(place, Weight):
             transforms[site] = operand(site, place, lowered[site])
     for call in products(model):
-        site, tap = Site(call, "output"), product(str(tap_of(call)))
+        name, site = str(tap_of(call)), Site(call, "output")
+        if name not in tensors:
+            continue
+        tap = product(name)
         then = transforms.get(site)
         transforms[site] = tap if then is None else _both(tap, then)
     with torch.no_grad(), Interceptor(model.model, transforms) as mode:
