@@ -59,8 +59,9 @@ ROWS = [
     Row("fq-vit", "w8a8-attn4", 100),
     Row("fq-vit", "w8a8-attn4", 100, '{"ptf": false, "lis": false}', ONE, "fq-vit"),
     Row("fq-vit", "w8a8-attn4", 100, '{"faithful": true}', ONE, "fq-vit"),
-    Row("deploy-int8", "w8a8", seeds=ONE),
-    Row("deploy-w4a8", "w4a8", seeds=ONE),
+    Row("deploy-int8", "w8a8"),
+    Row("deploy-int8", "w8a8", options='{"attention": true}', against="deploy-int8"),
+    Row("deploy-w4a8", "w4a8", against="deploy-int8"),
     Row("percentile", "w6a6", seeds=ONE),
     Row("repq-vit", "w6a6", seeds=ONE),
     Row("adfq-vit", "w6a6", options='{"optimise": false}', seeds=ONE),
@@ -189,8 +190,9 @@ def _table(rows: list[Row], output: Path) -> str:
     lines.append(_full_precision(output))
     found = {r: [_kept(output, r, s) for s in r.seeds] for r in rows}
     for r, runs in found.items():
-        same = [k for k in found if k is not r and (k.name, k.bits) == (r.against, r.bits)]
-        base = found[max(same, key=lambda k: k.images == r.images)][0] if same else None
+        same = [k for k in found if k is not r and k.name == r.against]
+        nearest = max(same, key=lambda k: (k.bits == r.bits, k.images == r.images), default=None)
+        base = None if nearest is None else found[nearest][0]
         lines.append(_line(r, runs, base))
     return "\n".join(lines)
 

@@ -90,8 +90,8 @@ def integer(path: str, threads: int = 0, compile: bool = False) -> Run:
     import vitquant
     from vitquant.export.runtime import IntegerModel, compiled
 
-    model = IntegerModel(vitquant.load(path))
-    return _torch(compiled(model) if compile else model, threads)
+    model = vitquant.load(path)
+    return _torch(compiled(model) if compile else IntegerModel(model), threads)
 
 
 def _torch(module: Callable[..., Any], threads: int, bf16: bool = False) -> Run:

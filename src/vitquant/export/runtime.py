@@ -23,15 +23,20 @@ SIGNED_BITS = 7
 """The widest codes whose distance from the zero-point is a signed byte."""
 
 
+KINDS = (UniformLinear, OutlierLinear, GroupedLinear)
+
+
 class IntegerModel(nn.Module):
     """A quantized model whose linears and plain convolutions run on integers; the rest is simulated.
 
     It gives what the model gives, up to rounding of the products' last sums. products: what runs on integers.
     floating: the other products, and why. A model with an `Arithmetic` of its own (FQ-ViT) runs under that, which
     leaves nothing in floating point and gives the same bits.
+
+    kinds: the integer forms to use, where a product has one.
     """
 
-    def __init__(self, model: QuantizedModel) -> None:
+    def __init__(self, model: QuantizedModel, kinds: tuple[type[nn.Module], ...] = KINDS) -> None:
         super().__init__()
         self.quantized = model
         self.products: dict[CallKey, nn.Module] = {}
@@ -39,10 +44,10 @@ class IntegerModel(nn.Module):
         if model.arithmetic is None:
             for call in products(model):
                 found = _product(call, model)
-                if isinstance(found, str):
-                    self.floating[call] = found
-                else:
+                if isinstance(found, kinds):
                     self.products[call] = found
+                else:
+                    self.floating[call] = found if isinstance(found, str) else f"{type(found).__name__} is left out"
         self.layers = nn.ModuleList(self.products.values())
         covered = {Site(call, name) for call in self.products for name in ("input", "weight")}
         self.simulated = {site: o for site, o in zip(model.sites, model.operands, strict=True) if site not in covered}
@@ -54,18 +59,19 @@ class IntegerModel(nn.Module):
             return self.quantized.model(*args, **kwargs)
 
 
-def compiled(model: IntegerModel) -> Callable[[Tensor], Any]:
+def compiled(model: QuantizedModel) -> Callable[[Tensor], Any]:
     """The model as one compiled program: no Python between operations, rounding joined with what comes before it.
 
-    Through `torch.export` and `torch.compile`, on the first images and again when their number changes; that takes
-    about a minute and a C++ compiler. Its numbers differ from the model's as those of another engine do: by last
-    bits, and by the roundings that these turn. Raises ExportError for what looks at the data (outliers, run-time
-    groups) and for an execution on integers.
+    Products on one grid for all of their input run on integers. Outliers and run-time groups, whose integer forms
+    take longer than what a compiler makes of the simulation, stay simulated. Through `torch.export` and
+    `torch.compile`, on the first images and again when their number changes; that takes one to three minutes and a
+    C++ compiler. Its numbers differ from the model's as those of another engine do: by last bits, and by the
+    roundings that these turn. Raises ExportError for an execution on integers (FQ-ViT): thousands of small steps, on
+    which the compiler was not done after ten minutes.
     """
-    looking = [type(layer).__name__ for layer in model.layers if not isinstance(layer, UniformLinear)]
-    if model.quantized.arithmetic is not None or looking:
-        what = looking[0] if looking else "an execution on integers"
-        raise ExportError(f"the portable runtime compiles products on one grid for all of their input, not {what}")
+    if model.arithmetic is not None:
+        raise ExportError("the portable runtime does not compile an execution on integers, as FQ-ViT's")
+    runtime = IntegerModel(model, (UniformLinear,))
     run: Callable[[Tensor], Any] | None = None
 
     def frozen(images: Tensor) -> Any:
@@ -73,7 +79,7 @@ def compiled(model: IntegerModel) -> Callable[[Tensor], Any]:
         # Packed weights must be constants, whenever a new size is compiled.
         with torch.inference_mode(False), torch.no_grad(), inductor.patch(freezing=True):
             if run is None:
-                run = torch.compile(_program(model, images[:1]))
+                run = torch.compile(_program(runtime, images[:1]))
             return run(images)
 
     return frozen
