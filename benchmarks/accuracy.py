@@ -33,7 +33,7 @@ from vitquant.images import ImageFolder, find_split
 
 class Row(NamedTuple):
     """One line of the table: a method at a bit-width with its options, how it is calibrated, and the name of the row
-    at the same bits that it is paired with."""
+    that it is paired with, at the same bits unless it says others."""
 
     method: str
     bits: str
@@ -61,7 +61,7 @@ ROWS = [
     Row("fq-vit", "w8a8-attn4", 100, '{"faithful": true}', ONE, "fq-vit"),
     Row("deploy-int8", "w8a8"),
     Row("deploy-int8", "w8a8", options='{"attention": true}', against="deploy-int8"),
-    Row("deploy-w4a8", "w4a8", against="deploy-int8"),
+    Row("deploy-w4a8", "w4a8", against="deploy-int8:w8a8"),
     Row("percentile", "w6a6", seeds=ONE),
     Row("repq-vit", "w6a6", seeds=ONE),
     Row("adfq-vit", "w6a6", options='{"optimise": false}', seeds=ONE),
@@ -190,9 +190,9 @@ def _table(rows: list[Row], output: Path) -> str:
     lines.append(_full_precision(output))
     found = {r: [_kept(output, r, s) for s in r.seeds] for r in rows}
     for r, runs in found.items():
-        same = [k for k in found if k is not r and k.name == r.against]
-        nearest = max(same, key=lambda k: (k.bits == r.bits, k.images == r.images), default=None)
-        base = None if nearest is None else found[nearest][0]
+        wanted = r.against if ":" in r.against else f"{r.against}:{r.bits}"
+        same = [k for k in found if k is not r and f"{k.name}:{k.bits}" == wanted]
+        base = found[max(same, key=lambda k: k.images == r.images)][0] if same else None
         lines.append(_line(r, runs, base))
     return "\n".join(lines)
 
