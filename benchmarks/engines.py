@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import timm
 import torch
@@ -26,9 +26,31 @@ from vitquant.benchmark import benchmark
 from vitquant.images import ImageFolder, find_split
 
 TINY, SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
-METHODS = {"deploy-int8": "w8a8", "deploy-w4a8": "w4a8"}
-RESEARCH = {"fq-vit": "w8a8-attn4", "adfq-vit": "w4a4", "igq-vit": "w4a4"}
-OPTIONS: dict[str, dict[str, Any]] = {"adfq-vit": {"optimise": False}}
+
+
+class Run(NamedTuple):
+    """One table. peers: other toolkits beside it. small: on DeiT-Small too."""
+
+    method: str
+    bits: str
+    options: dict[str, Any]
+    peers: bool = False
+    small: bool = True
+
+    @property
+    def name(self) -> str:
+        said = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.method} ({said})" if said else self.method
+
+
+RUNS = (
+    Run("deploy-int8", "w8a8", {}, peers=True),
+    Run("deploy-int8", "w8a8", {"attention": True}, peers=True),
+    Run("deploy-w4a8", "w4a8", {}),
+    Run("fq-vit", "w8a8-attn4", {}, small=False),
+    Run("adfq-vit", "w4a4", {"optimise": False}, small=False),
+    Run("igq-vit", "w4a4", {}, small=False),
+)
 
 
 def main(
@@ -47,13 +69,13 @@ def main(
         torch.manual_seed(0)
         save_file(timm.create_model(SMALL).state_dict(), random)
         for name, weights in ((TINY, checkpoint), (SMALL, random)):
-            for method in METHODS | (RESEARCH if name == TINY else {}):
-                if only in f"{name} {method}":
-                    _measure(name, method, weights, data, output, images if name == TINY else 0, threads, repeats)
+            for run in RUNS:
+                if only in f"{name} {run.name}" and (run.small or name == TINY):
+                    _measure(name, run, weights, data, output, images if name == TINY else 0, threads, repeats)
 
 
 def _measure(
-    name: str, method: str, weights: Path, data: Path, output: Path, images: int, threads: int, repeats: int
+    name: str, run: Run, weights: Path, data: Path, output: Path, images: int, threads: int, repeats: int
 ) -> None:
     loaded = models.load(models.parse(name, weights))
     folders = [
@@ -63,10 +85,10 @@ def _measure(
     calibration = torch.cat(list(folders[0].sample(32, 0).calibration(32)))
     drawn = folders[1].sample(images or 8, 0)
     pictures = torch.cat(list(drawn.calibration(32)))
-    bits = (METHODS | RESEARCH)[method]
-    provenance = Provenance({"name": method, "bits": bits}, model=loaded.source.to_json())
-    options = OPTIONS.get(method, {})
-    artifact = vitquant.quantize(loaded.model, calibration, method, bits, provenance=provenance, **options)
+    provenance = Provenance({"name": run.name, "bits": run.bits}, model=loaded.source.to_json())
+    artifact = vitquant.quantize(
+        loaded.model, calibration, run.method, run.bits, provenance=provenance, **run.options
+    )
     table = benchmark(
         artifact,
         loaded.model,
@@ -75,13 +97,13 @@ def _measure(
         calibration,
         threads=threads,
         repeats=repeats,
-        peers=method == "deploy-int8",
+        peers=run.peers,
         progress=lambda what, done, total: print(f"{what} {done}/{total}", file=sys.stderr),
     )
-    print(f"\n### {name}, {method} {bits}\n\n{table.text()}\n", flush=True)
-    table.save(output / f"{name} {method}.json")
+    print(f"\n### {name}, {run.name} {run.bits}\n\n{table.text()}\n", flush=True)
+    table.save(output / f"{name} {run.name}.json")
     if images:
-        table.plot(output / f"{name} {method}.png")
+        table.plot(output / f"{name} {run.name}.png")
 
 
 if __name__ == "__main__":
