@@ -375,3 +375,20 @@ def test_attention_stays_whole_where_a_format_looks_at_all_images(monkeypatch: p
     monkeypatch.setattr(Passing, "in_parts", lambda *_: pytest.fail("taken apart"))
     with torch.no_grad():
         assert quantized(images).isfinite().all()
+
+
+class Shared(Tiny):
+    """All images attend to the same keys and values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(q, k.mean(0, keepdim=True), v.mean(0, keepdim=True))
+        return self.head(x.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_attention_stays_whole_where_images_share_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = vitquant.quantize(Shared(), torch.randn(6, 3, 16, 16), "minmax", "w8a8")
+    monkeypatch.setattr("vitquant.artifact.passing.PART", 1)
+    with torch.no_grad():
+        assert quantized(torch.randn(6, 3, 16, 16)).isfinite().all()
