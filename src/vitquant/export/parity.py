@@ -86,14 +86,18 @@ def run(engine: str, model: Path, images: Tensor, where: Where, batch: int = 8) 
 
 
 def compare(
-    model: QuantizedModel, image: Tensor, lowered: Mapping[Site, Lowering], tensors: Mapping[str, Tensor]
+    model: QuantizedModel,
+    image: Tensor,
+    lowered: Mapping[Site, Lowering],
+    tensors: Mapping[str, Tensor],
+    unseen: frozenset[Site] = frozenset(),
 ) -> tuple[Layer, ...]:
     """Every operand and product of an engine's run, each against the artifact's arithmetic on the same inputs.
 
     tensors: what the engine had, by marker. The artifact runs on `image` beside it; after each comparison it goes on
-    with the engine's tensor, so a rounding that falls the other way at a tie stays in its layer. A product that is
-    not among them is seen in the next operand. An operand passes if it lies between those of inputs moved by the
-    tolerance.
+    with the engine's tensor, so a rounding that falls the other way at a tie stays in its layer. An operand passes
+    if it lies between those of inputs moved by the tolerance. unseen: results of products that the engine could not
+    be asked for; the artifact computes them, and the next operand shows them.
     """
     layers: list[Layer] = []
 
@@ -123,10 +127,9 @@ def compare(
         if isinstance(place, Activation) and not isinstance(place, Weight):
             transforms[site] = operand(site, place, lowered[site])
     for call in products(model):
-        name, site = str(tap_of(call)), Site(call, "output")
-        if name not in tensors:
+        if tap_of(call) in unseen:
             continue
-        tap = product(name)
+        site, tap = Site(call, "output"), product(str(tap_of(call)))
         then = transforms.get(site)
         transforms[site] = tap if then is None else _both(tap, then)
     with torch.no_grad(), Interceptor(model.model, transforms) as mode:

@@ -24,6 +24,7 @@ SIGNED_BITS = 7
 
 
 KINDS = (UniformLinear, OutlierLinear, GroupedLinear)
+"""The integer forms of products."""
 
 
 class IntegerModel(nn.Module):

@@ -17,7 +17,7 @@ from vitquant.recipe import FLOAT, Bits, Pass, Recipe, Rule
 from vitquant.trace import ACTIVATION_ROLES, Role
 
 _W8A8, _W4A8 = Bits(8, 8), Bits(4, 8)
-FACTORS = (Role.QUERY, Role.KEY, Role.VALUE)
+_FACTORS = (Role.QUERY, Role.KEY, Role.VALUE)
 _BYTE = Rule(Uniform(8, PER_OUTPUT, symmetric=True), MseGrid())
 
 
@@ -50,7 +50,7 @@ def _deploy(name: str, bits: Bits, weight: Rule, attention: bool, passes: tuple[
         cost="none: one scale and zero-point for each tensor",
         rules={
             **dict.fromkeys(ACTIVATION_ROLES, activation),
-            **dict.fromkeys(FACTORS, factor if attention else FLOAT),
+            **dict.fromkeys(_FACTORS, factor if attention else FLOAT),
             Role.PROBS: activation if attention else FLOAT,
             Role.IMAGE: Rule(Uniform(8), Percentile()),
             Role.WEIGHT: weight,
